@@ -1,0 +1,12 @@
+"""Eight forced CPU devices, one thread pool each, and a compile cache that survives between runs."""
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("NPROC", "64")  # see mesh.start_processes
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAXVL_CACHE", str(ROOT / ".cache" / "jaxvl"))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
