@@ -1,0 +1,66 @@
+"""Goodput: which share of all the hours a run has held its devices moved the training forward.
+
+A run may be killed and resumed many times. Each process keeps its account in `sessions.json`; steps that a later
+process had to compute once more, since it resumed from an older checkpoint, turn from useful time into lost time.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxvl.clock import STEP
+from jaxvl.metrics import write_atomic
+
+# Order and wording of the account; "compute" is the useful part.
+KINDS = {
+    "compute": "compute",
+    "data": "waiting for data",
+    "transfer": "host to device",
+    "other": "host work",
+    "eval": "evaluation",
+    "checkpoint": "checkpoint stalls",
+    "compile": "compilation",
+    "log": "writing the log",
+    "restart": "start and restart",
+    "lost": "work lost in a kill",
+}
+
+
+class Session(NamedTuple):
+    """One process of a run: the steps (first, last] it made, of which (first, kept] count, and its seconds by kind."""
+
+    began: float  # Unix time
+    first: int
+    last: int
+    kept: int
+    seconds: dict[str, float]
+
+
+def read_sessions(folder: Path) -> list[Session]:
+    """The sessions noted in `folder`, oldest first."""
+    path = folder / "sessions.json"
+    return [Session(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+
+
+def save_sessions(folder: Path, sessions: Sequence[Session]) -> None:
+    """Write the sessions to `folder`; atomic."""
+    write_atomic(folder / "sessions.json", json.dumps([s._asdict() for s in sessions], indent=1))
+
+
+def resume(sessions: Sequence[Session], step: int) -> list[Session]:
+    """The earlier sessions of a run that goes on from `step`: what they made after it no longer counts."""
+    return [s._replace(kept=min(s.kept, max(s.first, step))) for s in sessions]
+
+
+def account(sessions: Sequence[Session]) -> dict[str, float]:
+    """Seconds by kind over all sessions, in the order of KINDS; a pause of another name keeps its name."""
+    total: dict[str, float] = defaultdict(float, dict.fromkeys(KINDS, 0.0))
+    for s in sessions:
+        share = (s.kept - s.first) / (s.last - s.first) if s.last > s.first else 1.0
+        for kind, seconds in s.seconds.items():
+            useful = share if kind in STEP else 1.0
+            total[kind] += seconds * useful
+            total["lost"] += seconds * (1.0 - useful)
+    return dict(total)

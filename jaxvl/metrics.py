@@ -1,0 +1,129 @@
+"""Where metrics go: JSON lines always, TensorBoard and Weights & Biases beside them.
+
+`metrics.jsonl` is the record of a run. A resumed run cuts what lies after the step it starts from, so the file reads as
+one uninterrupted run however often it was killed. Floats are written so that reading gives back every bit; what JSON
+has no number for is written as the strings "nan", "inf" and "-inf".
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+METRICS = "metrics.jsonl"
+_NOT_FINITE = ("nan", "inf", "-inf")
+
+
+class Writer(NamedTuple):
+    """One destination: `write(step, values)`, `flush()` to durable storage, `close()`."""
+
+    write: Callable[[int, Mapping[str, Any]], None]
+    flush: Callable[[], None]
+    close: Callable[[], None]
+
+
+def encode(row: Mapping[str, Any]) -> str:
+    """One line of legal JSON, without the newline."""
+    safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(safe, allow_nan=False)
+
+
+def decode(line: str) -> dict[str, Any]:
+    """The inverse of `encode`. Raises ValueError where `line` is no JSON object."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"{line[:80]!r} is no JSON object")
+    return {k: float(v) if isinstance(v, str) and v in _NOT_FINITE else v for k, v in row.items()}
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every line of a JSON-lines file with its object; nothing for a file that does not exist.
+
+    A last line that a kill has torn is left out. Raises ValueError, naming file and line, for damage anywhere else.
+    """
+    if not Path(path).exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return
+            try:
+                yield line, decode(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}; repair or remove this line") from None
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, in order."""
+    return [row for _, row in read_lines(Path(workdir) / METRICS)]
+
+
+def cut(path: Path, step: int) -> None:
+    """Drop the lines of a JSON-lines file that are torn or whose "step" is above `step`; atomic."""
+    if path.exists():
+        write_atomic(path, "".join(line for line, row in read_lines(path) if row["step"] <= step))
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file: whoever reads it, now or after a crash, sees the old text or the new."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def jsonl_writer(path: Path) -> Writer:
+    """Appends one JSON object a line; a line is with the operating system when `write` returns."""
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(step: int, values: Mapping[str, Any]) -> None:
+        file.write(encode({"step": step, **values}) + "\n")
+        file.flush()
+
+    def flush() -> None:
+        file.flush()
+        os.fsync(file.fileno())
+
+    return Writer(write, flush, file.close)
+
+
+def tensorboard_writer(folder: Path, step: int) -> Writer:
+    """Scalars for TensorBoard; what an earlier run logged after `step` is hidden."""
+    from tensorboardX import SummaryWriter
+
+    # TensorBoard names its files by the second; the step keeps a quick resume from writing over the file before it.
+    board = SummaryWriter(str(folder), purge_step=step + 1, max_queue=1000, flush_secs=10, filename_suffix=f".{step}")
+
+    def write(step: int, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            board.add_scalar(re.sub(r"[^-/\w.]", "_at_", name), value, step)  # TensorBoard has no "@" in names
+
+    return Writer(write, board.flush, board.close)
+
+
+def wandb_writer(project: str, folder: Path, config: str) -> Writer:
+    """Scalars for Weights & Biases; a resumed run continues the run whose id is kept in `folder`.
+
+    Lines that a resumed run computes once more carry the values already there, so it does no harm that W&B drops them.
+    Raises ImportError where the extra is not installed.
+    """
+    try:
+        import wandb
+    except ImportError:
+        message = f"config.log.wandb is {project!r}, but wandb is not installed"
+        raise ImportError(f"{message}: pip install 'jaxvl[wandb]', or set config.log.wandb=''") from None
+    kept = folder / "wandb_id"
+    run = wandb.init(
+        project=project,
+        dir=str(folder),
+        resume="allow",
+        id=kept.read_text() if kept.exists() else None,
+        config={"config": config},
+    )
+    write_atomic(kept, run.id)
+    return Writer(lambda step, values: run.log(dict(values), step=step), lambda: None, run.finish)

@@ -1,0 +1,129 @@
+"""A run in words: its line in the log, its last line, and the tables at its end."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxvl.goodput import KINDS
+from jaxvl.progress import duration
+
+RECALL = re.compile(r"(?:(?P<eval>.+)/)?(?P<way>i2t|t2i)/r@(?P<k>\d+)")
+WAYS = {"i2t": "image-to-text", "t2i": "text-to-image"}
+KEPT_OUT = ("step", "samples", "epoch")
+LOWER = re.compile(r"loss|rank|error|perplexity")  # metrics of which less is better
+
+
+class Final(NamedTuple):
+    """A metric over a run: its last value, and for an evaluation its best one with its step."""
+
+    last: float
+    best: float | None
+    best_step: int | None
+
+
+def recalls(values: Mapping[str, float]) -> dict[str, dict[str, dict[int, float]]]:
+    """{evaluation: {"i2t" or "t2i": {k: recall in 0..1}}} of the names like "val/i2t/r@5" among `values`."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for name, value in values.items():
+        if m := RECALL.fullmatch(name):
+            found.setdefault(m["eval"] or "", {}).setdefault(m["way"], {})[int(m["k"])] = value
+    return found
+
+
+def last_line(values: Mapping[str, float]) -> str:
+    """The recalls among `values` both ways, e.g. "val: image-to-text R@1/5/10 52.1/80.0/90.2 %, text-to-image ...".
+
+    Where there are none, all values as they are.
+    """
+    texts = []
+    for name, ways in recalls(values).items():
+        parts = [
+            f"{WAYS[way]} R@{'/'.join(map(str, ways[way]))} {'/'.join(f'{100 * v:.1f}' for v in ways[way].values())} %"
+            for way in WAYS
+            if way in ways
+        ]
+        texts.append((f"{name}: " if name else "") + ", ".join(parts))
+    return "; ".join(texts) or "  ".join(f"{name} {number(value)}" for name, value in values.items())
+
+
+def log_line(step: int, steps: int, row: Mapping[str, float]) -> str:
+    """One line of plain text for one row of metrics.jsonl."""
+    split = " + ".join(f"{name} {row[f'time/{name}_ms']:.1f}" for name in ("data", "transfer", "compute", "other"))
+    names = [k for k in row if "/" not in k and k not in (*KEPT_OUT, "samples_per_s", "samples_per_s_chip", "mfu")]
+    own = [f"{k} {number(row[k])}" for k in sorted(names, key=lambda k: k != "loss")]  # the loss first
+    mfu = [f"mfu {100 * row['mfu']:.1f} %"] if "mfu" in row else []
+    rate = [f"{number(row['samples_per_s'])} samples/s", f"step {row['time/step_ms']:.1f} ms = {split}"]
+    return "  ".join([f"step {step:,}/{steps:,} (epoch {row['epoch']:.2f})", *own, *rate, *mfu])
+
+
+def finals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Final]:
+    """Every metric of a run, by name. Best is given for evaluations, whose lines hold no "samples"."""
+    out: dict[str, Final] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name in KEPT_OUT:
+                continue
+            best, at = (None, None) if "samples" in row else (value, row["step"])
+            old = out.get(name)
+            if (
+                old
+                and old.best is not None
+                and best is not None
+                and (old.best <= best if LOWER.search(name) else old.best >= best)
+            ):
+                best, at = old.best, old.best_step
+            out[name] = Final(value, best, at)
+    return out
+
+
+def print_summary(rows: Sequence[Mapping[str, Any]], seconds: Mapping[str, float], page: Path | None) -> None:
+    """Print the final metrics, where the time went, the page, and last of all the recalls, on standard output."""
+    found = finals(rows)
+    table = []
+    for name, final in found.items():
+        best = ("", "") if final.best is None else (number(final.best), f"{final.best_step:,}")
+        if not name.startswith("time/"):
+            table.append((name, number(final.last), *best))
+    _print_table("final metrics", ("metric", "last", "best", "at step"), table)
+    print(goodput_line(seconds))
+    if page:
+        print(f"report: {page}")
+    evals = {name: final.last for name, final in found.items() if RECALL.fullmatch(name)}
+    if evals:
+        print(last_line(evals), flush=True)
+
+
+def print_values(values: Mapping[str, float]) -> None:
+    """Print the values of an evaluation as a table and, last, its recalls, on standard output."""
+    _print_table("evaluation", ("metric", "value"), [(name, number(value)) for name, value in values.items()])
+    print(last_line(values), flush=True)
+
+
+def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(head):
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, markup=False).print(table)
+
+
+def goodput_line(seconds: Mapping[str, float]) -> str:
+    """Where the time went, largest first: "goodput 91.0 % of 1:02:03 (compute 91.0 %, waiting for data 4.1 %, ...)"."""
+    total = max(sum(seconds.values()), 1e-9)
+    parts = sorted(((v, k) for k, v in seconds.items() if v / total >= 5e-4), reverse=True)
+    inside = ", ".join(f"{KINDS.get(k, k)} {100 * v / total:.1f} %" for v, k in parts)
+    return f"goodput {100 * seconds.get('compute', 0.0) / total:.1f} % of {duration(total)} ({inside})"
+
+
+def number(value: Any) -> str:
+    """A metric for people: whole numbers with separators, others with four digits."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
+    return str(value)

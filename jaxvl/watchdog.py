@@ -1,0 +1,75 @@
+"""A thread that notices when nothing ends: it dumps all stacks, says which phase is stuck, and kills nothing."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxvl.clock import Activity
+from jaxvl.progress import duration
+
+
+class Watchdog:
+    """Compares `activity()` with its usual length, and dumps once per stall.
+
+    A stall: the phase has lasted more than max(floor, factor * usual) seconds. The stacks go to standard error and to
+    `folder`/stacks-<process>-<number>.txt. `step` tells how far the run is, for the message.
+
+    Where a thread holds the interpreter for good this thread cannot run either; for that case it keeps a timer of
+    `faulthandler` armed, which needs no interpreter, and puts it off each time it looks.
+    """
+
+    def __init__(
+        self,
+        activity: Callable[[], Activity],
+        step: Callable[[], int],
+        folder: Path,
+        process: int = 0,
+        *,
+        factor: float,
+        floor: float,
+    ) -> None:
+        self._activity, self._step, self._folder = activity, step, folder
+        self._factor, self._floor, self._process = factor, floor, process
+        self._stalled: tuple[str, float] | None = None
+        self._quit = threading.Event()
+        self._frozen = open(folder / f"stacks-{process}-frozen.txt", "a")  # noqa: SIM115
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._quit.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        if os.fstat(self._frozen.fileno()).st_size == 0:
+            os.unlink(self._frozen.name)
+        self._frozen.close()
+
+    def _watch(self) -> None:
+        pause = min(5.0, self._floor / 4)
+        while not self._quit.wait(pause):
+            faulthandler.dump_traceback_later(2 * self._floor + pause, file=self._frozen)
+            now = self._activity()
+            key = (now.phase, now.since)
+            lasted = time.perf_counter() - now.since
+            limit = max(self._floor, self._factor * (now.usual or 0.0))
+            if lasted > limit and key != self._stalled:
+                self._stalled = key
+                self._dump(now, lasted)
+
+    def _dump(self, now: Activity, lasted: float) -> None:
+        usual = (
+            "" if now.usual is None else f", {lasted / max(now.usual, 1e-9):,.0f} times the median of {now.usual:.3g} s"
+        )
+        where = f"phase: {now.phase}, after step {self._step():,}"
+        head = f"watchdog: nothing has ended for {duration(lasted)}{usual}; {where}"
+        number = sum(1 for _ in self._folder.glob(f"stacks-{self._process}-[0-9]*.txt"))
+        path = self._folder / f"stacks-{self._process}-{number}.txt"
+        with open(path, "w", encoding="utf-8") as file:
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), head, file=file, flush=True)
+            faulthandler.dump_traceback(file, all_threads=True)
+        print(path.read_text(), f"these stacks are in {path}; the run goes on", sep="", file=sys.stderr, flush=True)

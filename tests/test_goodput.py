@@ -1,0 +1,36 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxvl.goodput import KINDS, Session, account, read_sessions, resume, save_sessions
+
+
+def session(first, last, seconds):
+    return Session(0.0, first, last, last, seconds)
+
+
+def test_work_done_twice_is_lost(tmp_path):
+    sessions = [session(0, 130, {"compute": 130.0, "data": 26.0, "eval": 9.0})]
+    sessions = [*resume(sessions, 100), session(100, 250, {"compute": 150.0, "restart": 5.0})]
+    save_sessions(tmp_path, sessions)
+    total = account(read_sessions(tmp_path))
+    assert total == pytest.approx(
+        dict.fromkeys(KINDS, 0.0) | {"compute": 250.0, "data": 20.0, "eval": 9.0, "restart": 5.0, "lost": 36.0}
+    )
+    # An older checkpoint takes steps from both sessions; the rest of a session counts as before.
+    assert account(resume(sessions, 50))["compute"] == pytest.approx(50.0)
+    assert account(resume(sessions, 200))["compute"] == pytest.approx(200.0)
+    assert read_sessions(tmp_path / "nowhere") == []
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 60)), min_size=1, max_size=6))
+def test_no_second_appears_or_vanishes_and_kept_steps_are_the_run(cases):
+    sessions, at = [], 0
+    for made, back in cases:
+        sessions = [*resume(sessions, at), session(at, at + made, {"compute": float(made), "checkpoint": 1.0})]
+        at = max(0, at + made - back)
+    sessions = resume(sessions, at)
+    total = account(sessions)
+    assert sum(total.values()) == pytest.approx(sum(sum(s.seconds.values()) for s in sessions))
+    assert sum(s.kept - s.first for s in sessions) == at
+    assert total["compute"] == pytest.approx(at)

@@ -1,0 +1,59 @@
+from pathlib import Path
+
+from jaxvl import summary
+
+VALUES = {
+    f"val/{way}/r@{k}": r
+    for way, rs in (("i2t", (0.521, 0.8, 0.902)), ("t2i", (0.25, 0.5, 1.0)))
+    for k, r in zip((1, 5, 10), rs, strict=True)
+}
+LINE = "val: image-to-text R@1/5/10 52.1/80.0/90.2 %, text-to-image R@1/5/10 25.0/50.0/100.0 %"
+
+
+def test_last_line():
+    assert summary.last_line(VALUES | {"val/i2t/median_rank": 2.0}) == LINE
+    assert summary.last_line({"i2t/r@1": 0.5}) == "image-to-text R@1 50.0 %"
+    assert summary.last_line({"zeroshot/accuracy": 0.123456, "n": 12345}) == "zeroshot/accuracy 0.1235  n 12,345"
+
+
+def test_finals_know_which_way_is_better():
+    rows = [
+        {"step": 1, "samples": 8, "epoch": 0.1, "loss": 3.0},
+        {"step": 1, "val/r": 0.5, "val/median_rank": 9.0},
+        {"step": 2, "samples": 16, "epoch": 0.2, "loss": 2.0},
+        {"step": 2, "val/r": 0.7, "val/median_rank": 4.0},
+        {"step": 3, "val/r": 0.6, "val/median_rank": 5.0},
+    ]
+    assert summary.finals(rows) == {"loss": (2.0, None, None), "val/r": (0.6, 0.7, 2), "val/median_rank": (5.0, 4.0, 2)}
+
+
+def test_the_summary_ends_with_the_recalls(capsys):
+    rows = [{"step": 7, "samples": 1, "epoch": 1.0, "loss": 0.25, "time/step_ms": 1.0}, {"step": 7, **VALUES}]
+    summary.print_summary(rows, {"compute": 90.0, "data": 9.99, "eval": 0.01, "lost": 0.0}, Path("runs/x/report.html"))
+    out = capsys.readouterr().out
+    *_, goodput, page, last = out.splitlines()
+    assert goodput == "goodput 90.0 % of 1:40 (compute 90.0 %, waiting for data 10.0 %)"
+    assert page == "report: runs/x/report.html" and last == LINE
+    assert "val/i2t/r@10" in out and "0.902" in out and "time/" not in out
+    summary.print_values(VALUES)
+    assert capsys.readouterr().out.splitlines()[-1] == LINE
+
+
+def test_log_line_splits_the_step():
+    row = {
+        "samples": 64,
+        "epoch": 0.5,
+        "skipped": 1000,
+        "loss": 1.2345678,
+        "samples_per_s": 1234.5,
+        "samples_per_s_chip": 600.0,
+        "mfu": 0.41,
+    }
+    row |= {
+        f"time/{k}_ms": v
+        for k, v in (("step", 10.0), ("data", 1.0), ("transfer", 2.0), ("compute", 6.5), ("other", 0.5))
+    }
+    assert summary.log_line(1500, 6000, row) == (
+        "step 1,500/6,000 (epoch 0.50)  loss 1.235  skipped 1,000  1,234 samples/s"
+        "  step 10.0 ms = data 1.0 + transfer 2.0 + compute 6.5 + other 0.5  mfu 41.0 %"
+    )
