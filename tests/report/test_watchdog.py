@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from jaxvl.clock import Activity
-from jaxvl.watchdog import Watchdog
+from jaxvl.report.clock import Activity
+from jaxvl.report.watchdog import Watchdog
 
 
 def wait_for(true, seconds=5.0):

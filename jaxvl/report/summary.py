@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxvl.goodput import KINDS
 from jaxvl.progress import duration
+from jaxvl.report.goodput import KINDS
 
 RECALL = re.compile(r"(?:(?P<eval>.+)/)?(?P<way>i2t|t2i)/r@(?P<k>\d+)")
 WAYS = {"i2t": "image-to-text", "t2i": "text-to-image"}

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxvl import plots
-from jaxvl.clock import STEP
 from jaxvl.gallery import Gallery, Hit, Query
-from jaxvl.goodput import KINDS, Session, account, read_sessions
-from jaxvl.metrics import read_lines, read_metrics, write_atomic
-from jaxvl.page_style import STYLE
 from jaxvl.progress import duration
-from jaxvl.summary import KEPT_OUT, WAYS, finals, last_line, number, recalls
+from jaxvl.report import plots
+from jaxvl.report.clock import STEP
+from jaxvl.report.goodput import KINDS, Session, account, read_sessions
+from jaxvl.report.metrics import read_lines, read_metrics, write_atomic
+from jaxvl.report.page_style import STYLE
+from jaxvl.report.summary import KEPT_OUT, WAYS, finals, last_line, number, recalls
 
 MOST_SHARDS = 40  # rows of the table of bad samples
 CAPTION = 160  # characters of a caption shown

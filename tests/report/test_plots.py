@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxvl import plots
-from jaxvl.plots import Series
+from jaxvl.report import plots
+from jaxvl.report.plots import Series
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9), st.integers(2, 9))

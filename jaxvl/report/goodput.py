@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxvl.clock import STEP
-from jaxvl.metrics import write_atomic
+from jaxvl.report.clock import STEP
+from jaxvl.report.metrics import write_atomic
 
 # Order and wording of the account; "compute" is the useful part.
 KINDS = {

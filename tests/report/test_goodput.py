@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxvl.goodput import KINDS, Session, account, read_sessions, resume, save_sessions
+from jaxvl.report.goodput import KINDS, Session, account, read_sessions, resume, save_sessions
 
 
 def session(first, last, seconds):

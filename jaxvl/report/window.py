@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxvl.clock import STEP
-from jaxvl.metrics import cut, decode, encode, jsonl_writer, read_lines
+from jaxvl.report.clock import STEP
+from jaxvl.report.metrics import cut, decode, encode, jsonl_writer, read_lines
 
 
 class Plan(NamedTuple):

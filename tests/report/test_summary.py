@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from jaxvl import summary
+from jaxvl.report import summary
 
 VALUES = {
     f"val/{way}/r@{k}": r

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxvl import metrics, report
-from jaxvl.report import LogOptions
+from jaxvl import report
+from jaxvl.progress import silence
+from jaxvl.report import LogOptions, metrics
+from jaxvl.report import log as run_log
 
 QUIET = LogOptions(every=1, tensorboard=False, watchdog=0.0)
 START = {"batch_size": 4, "samples_per_epoch": 16}
@@ -99,7 +101,7 @@ def test_the_loop_waits_for_nothing_until_too_many_steps_are_on_their_way(tmp_pa
     with report.open_log(QUIET, tmp_path) as log:
         log.start(step=0, steps=100, **START)
         log.step(1, {"loss": Slow(ready)}, Slow(ready))
-        for step in range(2, report.IN_FLIGHT + 2):  # one is with the thread, the others in the queue
+        for step in range(2, run_log.IN_FLIGHT + 2):  # one is with the thread, the others in the queue
             log.step(step, {"loss": Slow(ready)}, Slow(ready))
         assert report.read_metrics(tmp_path) == []
         more = threading.Thread(target=log.step, args=(step + 1, {"loss": Slow(ready)}))
@@ -109,7 +111,7 @@ def test_the_loop_waits_for_nothing_until_too_many_steps_are_on_their_way(tmp_pa
         ready.set()
         more.join(5.0)
         log.drain()
-        assert [row["loss"] for row in report.read_metrics(tmp_path)] == [0.5] * (report.IN_FLIGHT + 2)
+        assert [row["loss"] for row in report.read_metrics(tmp_path)] == [0.5] * (run_log.IN_FLIGHT + 2)
 
 
 def test_times_are_those_of_the_device(tmp_path):
@@ -229,7 +231,7 @@ def test_bad_samples_count_once_over_processes_epochs_and_restarts(tmp_path):
         with report.open_log(QUIET, tmp_path, process) as log:
             log.bad(new)
             log.bad(new[:1])
-    report.silence(False)
+    silence(False)
     kept = {p.name: [row for _, row in metrics.read_lines(p)] for p in sorted((tmp_path / "report").glob("bad-*"))}
     assert [len(v) for v in kept.values()] == [2, 1]
     assert kept["bad-0.jsonl"][1] == {"shard": "a.tar", "key": "k2", "reason": "bomb"}
@@ -246,7 +248,7 @@ def test_other_processes_write_no_metrics_but_wait_and_watch(tmp_path, capsys):
             log.write(1, {"val/i2t/r@1": 0.5})
             assert log.finish() is None
     finally:
-        report.silence(False)
+        silence(False)
     assert os.listdir(tmp_path) == ["report"] and os.listdir(tmp_path / "report") == []
     assert capsys.readouterr() == ("", "")
 

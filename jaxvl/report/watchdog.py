@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxvl.clock import Activity
 from jaxvl.progress import duration
+from jaxvl.report.clock import Activity
 
 
 class Watchdog:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from jaxvl.window import Plan, Window, mean
+from jaxvl.report.window import Plan, Window, mean
 
 PLAN = Plan(steps=100, batch_size=8, samples_per_epoch=32, flops_per_sample=5e9, chips=2, peak=1e12)
 

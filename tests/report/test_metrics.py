@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxvl import metrics
+from jaxvl.report import metrics
 
 
 @settings(max_examples=200, deadline=None)

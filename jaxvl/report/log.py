@@ -30,27 +30,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxvl import clock, goodput, metrics, summary
 from jaxvl.gallery import Gallery
-from jaxvl.metrics import read_metrics
-from jaxvl.page import save_galleries, write_report
 from jaxvl.progress import Bar, duration, progress, say, silence
-from jaxvl.summary import last_line, print_values
-from jaxvl.watchdog import Watchdog
-from jaxvl.window import Plan, Window
-
-__all__ = [
-    "LogOptions",
-    "RunLog",
-    "check",
-    "last_line",
-    "open_log",
-    "print_values",
-    "progress",
-    "read_metrics",
-    "say",
-    "write_report",
-]
+from jaxvl.report import clock, goodput, metrics, summary
+from jaxvl.report.page import save_galleries, write_report
+from jaxvl.report.watchdog import Watchdog
+from jaxvl.report.window import Plan, Window
 
 IN_FLIGHT = (
     4  # steps the host may be ahead: enough to hide its jitter, few enough that waiting batches stay small in memory
@@ -242,7 +227,7 @@ class RunLog:
                 for writer in self._writers:
                     writer.write(step, values)
                 save_galleries(self._folder, step, galleries)
-            say(f"step {step:,}: {last_line(values)}")
+            say(f"step {step:,}: {summary.last_line(values)}")
 
     def drain(self) -> None:
         """Wait until all steps handed in are done and logged and the log is on disk. Raises what a step failed with."""
@@ -264,7 +249,7 @@ class RunLog:
         path = None
         if self._options.html:
             path = write_report(self._workdir)
-        summary.print_summary(read_metrics(self._workdir), goodput.account(self._sessions), path)
+        summary.print_summary(metrics.read_metrics(self._workdir), goodput.account(self._sessions), path)
         return path
 
     def close(self, wait: bool = True) -> None:

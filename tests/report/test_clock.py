@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxvl import clock
-from jaxvl.clock import Clock, Span, peak_flops, split
+from jaxvl.report import clock
+from jaxvl.report.clock import Clock, Span, peak_flops, split
 
 
 def by_the_millisecond(previous, dispatched, arrived, done, spans):

@@ -8,9 +8,9 @@ import shutil
 import pytest
 from PIL import Image
 
-from jaxvl import goodput, metrics
 from jaxvl.gallery import Gallery, Hit, Query
-from jaxvl.page import save_galleries, write_report
+from jaxvl.report import goodput, metrics
+from jaxvl.report.page import save_galleries, write_report
 
 
 def png(grey):
