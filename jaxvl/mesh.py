@@ -1,0 +1,115 @@
+"""Three mesh axes, path rules to shardings, process start-up, and placing host batches on devices.
+
+`data` splits the batch, `fsdp` splits the batch and the parameters, `tensor` splits parameters inside a layer.
+"""
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))  # the batch axis is split over both, and replicated over `tensor`
+Rules = Sequence[tuple[str, P]]
+
+
+class MeshOptions(NamedTuple):
+    """Axis sizes; one of them may be -1 and takes the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+class ShardingError(ValueError):
+    """A leaf that no rule matches or that does not divide; names leaf, dimension and axis."""
+
+
+def start_processes() -> None:
+    """Join the other processes of this run, where the environment says there are any; must precede any use of a device.
+
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them outright; under Slurm with several tasks and on
+    TPU pods with several workers JAX finds them itself. One process alone needs none of it.
+    """
+    env = os.environ
+    if "host_platform_device_count" in env.get("XLA_FLAGS", ""):
+        # Imitated CPU devices wait for each other in the threads of one pool, which XLA sizes by NPROC; with too few of them
+        # two independent collectives of a step can each hold threads that the other needs, for ever.
+        env.setdefault("NPROC", "64")
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        missing = [k for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if k not in env]
+        if missing:
+            raise ValueError(f"JAX_COORDINATOR_ADDRESS is set but {' and '.join(missing)} is not; set all three or none")
+        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"]))
+    elif int(env.get("SLURM_NTASKS", "1")) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
+
+
+def make_mesh(options: MeshOptions, devices: Sequence[Any] | None = None) -> Mesh:
+    """The ("data", "fsdp", "tensor") mesh over all devices. Raises ValueError where the sizes do not multiply to their number."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = list(options)
+    if any(s != -1 and s < 1 for s in sizes) or sizes.count(-1) > 1:
+        raise ValueError(f"config.mesh is {options._asdict()}; sizes must be positive, and at most one of them -1")
+    fixed = int(np.prod([s for s in sizes if s != -1]))
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if int(np.prod(sizes)) != len(devices):
+        raise ValueError(f"config.mesh is {options._asdict()}, which does not fill {len(devices)} devices: {fixed} must divide that number")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def path_str(path: Any) -> str:
+    """"params/image/blocks/mlp/kernel" of a key path."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+    """NamedSharding of every leaf of `tree` (arrays or shapes): the first rule whose pattern is found in its path.
+
+    Raises ShardingError listing every leaf that matches no rule or whose dimension the axis sizes do not divide.
+    """
+    faults: list[str] = []
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        name, shape = path_str(path), tuple(leaf.shape)
+        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
+        if spec is None:
+            faults.append(f"{name} {shape}: no sharding rule matches; add one to the method's rules")
+            return NamedSharding(mesh, P())
+        if len(spec) > len(shape):
+            faults.append(f"{name} {shape}: rule {spec} has more dimensions than the leaf")
+            return NamedSharding(mesh, P())
+        for dim, axes in enumerate(spec):
+            names = (axes,) if isinstance(axes, str) else (axes or ())
+            parts = int(np.prod([mesh.shape[a] for a in names]))
+            if shape[dim] % parts:
+                faults.append(f"{name} {shape}: dimension {dim} of size {shape[dim]} does not divide over {'*'.join(names)} = {parts}")
+        return NamedSharding(mesh, spec)
+
+    out = jax.tree_util.tree_map_with_path(one, tree)
+    if faults:
+        raise ShardingError("cannot shard:\n  " + "\n  ".join(faults))
+    return out
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """The rows [lo, hi) of a global batch that this process feeds. Raises ValueError where the batch does not divide."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % parts:
+        raise ValueError(f"config.train.batch_size is {batch_size}; it must be a multiple of data*fsdp = {parts}")
+    index = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
+    spans = {s[0].indices(batch_size)[:2] for s in index.values()}
+    lo, hi = min(s[0] for s in spans), max(s[1] for s in spans)
+    if sum(b - a for a, b in spans) != hi - lo:
+        raise ValueError(f"mesh {dict(mesh.shape)}: this process holds rows {sorted(spans)}, which are not contiguous; make `tensor` the innermost axis")
+    return lo, hi
+
+
+def place(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of each array as global arrays, split over the batch axes."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in arrays.items()}

@@ -1,0 +1,68 @@
+"""Schedules by their formulas, AdamW against ten lines of numpy, groups, decay masks."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxvl.optim import OptimOptions, factors, frozen, learning_rate, make_optimizer
+
+PARAMS = {"blocks": {"kernel": jnp.ones((2, 3, 3)), "bias": jnp.full((2, 3), 0.5)}, "temperature": jnp.array(2.0)}
+
+
+def test_schedules():
+    at = lambda steps=100, **kw: [float(learning_rate(OptimOptions(learning_rate=2.0, **kw), steps)(s)) for s in (0, 5, 10, 55, 100)]
+    np.testing.assert_allclose(at(schedule="cosine", warmup_steps=10, end_factor=0.1), [0, 1, 2, 2 * (0.1 + 0.9 * 0.5), 0.2], atol=1e-6)
+    np.testing.assert_allclose(at(schedule="linear", warmup_steps=10), [0, 1, 2, 1, 0], atol=1e-6)
+    np.testing.assert_allclose(at(schedule="constant", warmup_steps=10), [0, 1, 2, 2, 2], atol=1e-6)
+    rsqrt = at(schedule="rsqrt", warmup_steps=10, timescale=45, cooldown_steps=20)
+    np.testing.assert_allclose(rsqrt, [0, 1, 2, 2 * np.sqrt(0.5), 0], atol=1e-6)
+
+
+def test_adamw_trajectory_against_numpy():
+    o = OptimOptions(learning_rate=0.1, schedule="constant", weight_decay=0.3, clip_norm=0.7, b1=0.8, b2=0.9, eps=1e-3, groups=(("temperature", 0.5),))
+    tx = make_optimizer(o, PARAMS, 10)
+    params, state = PARAMS, tx.init(PARAMS)
+    want = {"k": np.ones((2, 3, 3)), "b": np.full((2, 3), 0.5), "t": np.array(2.0)}
+    m, v = ({k: np.zeros_like(x) for k, x in want.items()} for _ in range(2))
+    rng = np.random.default_rng(0)
+    for step in range(1, 5):
+        g = {k: rng.normal(size=x.shape) for k, x in want.items()}
+        grads = {"blocks": {"kernel": jnp.array(g["k"], jnp.float32), "bias": jnp.array(g["b"], jnp.float32)}, "temperature": jnp.array(g["t"], jnp.float32)}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        norm = np.sqrt(sum((x**2).sum() for x in g.values()))
+        for k in want:
+            x = g[k] * min(1, 0.7 / norm)
+            m[k] = 0.8 * m[k] + 0.2 * x
+            v[k] = 0.9 * v[k] + 0.1 * x * x
+            direction = m[k] / (1 - 0.8**step) / (np.sqrt(v[k] / (1 - 0.9**step)) + 1e-3)
+            want[k] = want[k] - 0.1 * (0.5 if k == "t" else 1) * (direction + (0.3 * want[k] if k == "k" else 0))
+    np.testing.assert_allclose(params["blocks"]["kernel"], want["k"], rtol=2e-5)
+    np.testing.assert_allclose(params["blocks"]["bias"], want["b"], rtol=2e-5)
+    np.testing.assert_allclose(params["temperature"], want["t"], rtol=2e-5)
+
+
+def test_a_frozen_group_does_not_move_and_keeps_no_moments():
+    o = OptimOptions(groups=((r"blocks/", 0.0),))
+    tx = make_optimizer(o, PARAMS, 10)
+    state = tx.init(PARAMS)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, PARAMS), state, PARAMS)
+    assert float(jnp.abs(updates["blocks"]["kernel"]).max()) == 0 and float(jnp.abs(updates["temperature"])) > 0
+    assert not any("blocks" in jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(state))
+    assert frozen(o, PARAMS) == {"blocks": {"kernel": True, "bias": True}, "temperature": False}
+
+
+@pytest.mark.parametrize("kw, words", [
+    ({"warmup_steps": 10}, "optim.warmup_steps is 10"), ({"learning_rate": -1.0}, "optim.learning_rate is -1"),
+    ({"ema_decay": 1.5}, "optim.ema_decay is 1.5"), ({"decay": "("}, "not a regular expression"),
+    ({"groups": (("kernal", 1.0),)}, "'kernal' matches no parameter"),
+])  # fmt: skip
+def test_values_that_cannot_be(kw, words):
+    with pytest.raises(ValueError, match="config.optim") as error:
+        make_optimizer(OptimOptions(**kw), PARAMS, 10)
+    assert words in str(error.value)
+
+
+def test_group_factors_take_the_first_match():
+    assert factors(OptimOptions(groups=(("kernel", 0.1), ("blocks", 0.2))), PARAMS) == {"blocks": {"kernel": 0.1, "bias": 0.2}, "temperature": 1.0}
