@@ -1,0 +1,25 @@
+"""Pre-training methods by name. A method's module is imported when its options or its functions are first asked for."""
+import importlib
+from typing import Any, NamedTuple
+
+
+class Choice(NamedTuple):
+    """A module that defines `build` and a tuple of options."""
+
+    module: str
+    options_name: str
+
+    def options(self) -> type:
+        """The NamedTuple whose fields are the keys of the `method` section."""
+        return getattr(importlib.import_module(self.module), self.options_name)
+
+    def build(self, image: Any, text: Any, options: Any) -> Any:
+        """The `Method` of two towers (VitOptions, TextOptions) and the options of the method. Raises ValueError for
+        values that cannot be."""
+        return importlib.import_module(self.module).build(image, text, options)
+
+
+METHODS = {
+    "clip": Choice("jaxvl.methods.clip", "ClipOptions"),
+    "siglip": Choice("jaxvl.methods.siglip", "SiglipOptions"),
+}

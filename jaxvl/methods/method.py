@@ -1,0 +1,94 @@
+"""What a pre-training method is to the rest of the program: a tuple of pure functions."""
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+Batch = dict[str, jax.Array]
+
+
+class Method(NamedTuple):
+    """Pure functions of explicit arrays; everything but `params` that a method remembers is in `memory`.
+
+    A batch on the device holds "image" float [B, S, S, 3], augmented and normalised, and "tokens" int32 [B, L]; `batch_spec`
+    is a dict of its shapes and dtypes. `key` is a PRNG key, None where nothing is to be random.
+
+    init: (key, batch_spec) -> (params, memory).
+    encode: (params, batch, key) -> embeddings, a pytree of floats with leading axis [B]. Row i depends on row i of the batch
+      alone, so that a batch can be encoded in parts. None where a method cannot be cut like this.
+    objective: (params, memory, embeddings, batch, key) -> (loss float32 [], aux); sees all rows at once. Scalars in the
+      dict `aux` are logged.
+    loss: (params, memory, batch, key) -> (loss, aux), the two above in sequence; see `in_sequence`.
+    update: (memory, params, aux) -> memory, after the optimiser's step; `params` are the new ones.
+    embed_image: (params, images float [b, S, S, 3]) -> float32 [b, width] of unit norm.
+    embed_text: (params, tokens int32 [b, L]) -> float32 [b, width] of unit norm.
+    flops: (batch_spec) -> FLOPs of the forward pass of training for one example, a multiply-add counted as two.
+    rules: ordered (path pattern, PartitionSpec) pairs that place every leaf of `params` and `memory`.
+    score_pair, compose: None where a method has no such face.
+    """
+
+    init: Callable[[jax.Array, dict], tuple[Any, Any]]
+    encode: Callable[[Any, Batch, jax.Array | None], Any] | None
+    objective: Callable[[Any, Any, Any, Batch, jax.Array | None], tuple[jax.Array, dict]] | None
+    loss: Callable[[Any, Any, Batch, jax.Array | None], tuple[jax.Array, dict]]
+    update: Callable[[Any, Any, dict], Any]
+    embed_image: Callable[[Any, jax.Array], jax.Array]
+    embed_text: Callable[[Any, jax.Array], jax.Array]
+    flops: Callable[[dict], float]
+    rules: tuple[tuple[str, PartitionSpec], ...]
+    score_pair: Callable | None = None
+    compose: Callable | None = None
+
+
+def split_key(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """The keys of two parts of a computation; None splits into None."""
+    return (None, None) if key is None else tuple(jax.random.split(key))
+
+
+def in_sequence(encode: Callable, objective: Callable) -> Callable:
+    """`Method.loss` of its two parts; the first key goes to `encode`, the second to `objective`."""
+
+    def loss(params: Any, memory: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict]:
+        key_encode, key_objective = split_key(key)
+        return objective(params, memory, encode(params, batch, key_encode), batch, key_objective)
+
+    return loss
+
+
+def unchanged(memory: Any, params: Any, aux: dict) -> Any:
+    """`Method.update` of a method that remembers nothing from step to step."""
+    del params, aux
+    return memory
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Rows of x divided by their norm, float32; a zero row stays zero and its gradient is finite."""
+    x = x.astype(jnp.float32)
+    return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def bounded_exp(t: jax.Array, bound: float) -> jax.Array:
+    """min(e^t, bound): a scale whose logarithm is learned.
+
+    Where t is at or above the bound, a gradient that descent would follow upwards is zero, and one that leads back down
+    passes as if t were at the bound. So t rests at the bound as if it were cut back after each step, and can leave again;
+    with the plain minimum it never could.
+    """
+    return jnp.minimum(jnp.exp(t), bound)
+
+
+def _bounded_exp_forward(t: jax.Array, bound: float) -> tuple[jax.Array, jax.Array]:
+    scale = bounded_exp(t, bound)
+    return scale, scale
+
+
+def _bounded_exp_backward(bound: float, scale: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    return (jnp.where((scale < bound) | (g > 0), g * scale, 0),)
+
+
+bounded_exp.defvjp(_bounded_exp_forward, _bounded_exp_backward)
