@@ -1,0 +1,144 @@
+"""Pixels on the device: uint8 images to normalised floats, with random augmentation in training.
+
+Everything runs inside the jitted step on the whole batch. The draws of row i come from fold_in(key, i) with the row's place
+in the global batch, and nothing mixes rows, so the result does not depend on how the batch is sharded. Between the first
+and the last operation an image is float32 in levels 0 to 255.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxvl.data.randaugment import randaugment
+
+Pair = tuple[float, float]
+Triple = tuple[float, float, float]
+
+
+class AugmentOptions(NamedTuple):
+    """Operations in the order they are applied; a probability of 0 leaves one out of the compiled program.
+
+    jitter: largest change of brightness, contrast and saturation (as a share) and of hue (as a share of the colour circle).
+    jitter_prob, grayscale, blur, flip, randaugment_prob: probabilities, the last for each operation of RandAugment.
+    blur_sigma: range of the Gaussian's width in pixels. randaugment: number of operations. randaugment_level: 0 to 10.
+    mean, std: of the channels, as shares of white; by default those of CLIP.
+    """
+
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    jitter_prob: float = 0.8
+    grayscale: float = 0.0
+    blur: float = 0.0
+    blur_sigma: Pair = (0.1, 2.0)
+    flip: float = 0.0
+    randaugment: int = 0
+    randaugment_level: float = 7.0
+    randaugment_prob: float = 0.5
+    mean: Triple = (0.48145466, 0.4578275, 0.40821073)
+    std: Triple = (0.26862954, 0.26130258, 0.27577711)
+
+
+def check(options: AugmentOptions) -> None:
+    """Raise ValueError for a value that cannot be meant."""
+    for name in ("jitter_prob", "grayscale", "blur", "flip", "randaugment_prob"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(f"augment.{name} is {getattr(options, name)}; it takes a probability, from 0 to 1")
+    if len(options.jitter) != 4 or min(options.jitter) < 0 or options.jitter[3] > 0.5:
+        raise ValueError(f"augment.jitter is {options.jitter}; it takes (brightness, contrast, saturation, hue), 0 or more, hue at most 0.5")
+    low, high = options.blur_sigma
+    if not 0 < low <= high:
+        raise ValueError(f"augment.blur_sigma is {options.blur_sigma}; it takes two widths in pixels, 0 < low <= high")
+    if options.randaugment < 0 or not 0 <= options.randaugment_level <= 10:
+        raise ValueError(
+            f"augment.randaugment is {options.randaugment} at level {options.randaugment_level}; it takes 0 or more operations at a level from 0 to 10"
+        )
+    if len(options.mean) != 3 or len(options.std) != 3 or min(options.std) <= 0:
+        raise ValueError(f"augment.mean and augment.std are {options.mean} and {options.std}; each takes three channels, std above 0")
+
+
+def preprocess(images: jax.Array, key: jax.Array | None, options: AugmentOptions) -> jax.Array:
+    """uint8 [batch, height, width, 3] -> float32 of the same shape; `key` None is evaluation, which only normalises."""
+    x = images.astype(jnp.float32)
+    if key is not None:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(x.shape[0]))  # [batch]
+        x = augment(x, keys, options)
+    scale = 1 / (255 * jnp.asarray(options.std, jnp.float32))
+    return x * scale - jnp.asarray(options.mean, jnp.float32) / jnp.asarray(options.std, jnp.float32)
+
+
+def augment(x: jax.Array, keys: jax.Array, o: AugmentOptions) -> jax.Array:
+    """The random operations on float32 levels [batch, height, width, 3], one key a row."""
+    each = jax.vmap(lambda k: jax.random.split(k, 6))(keys)  # [batch, 6]
+    if any(o.jitter) and o.jitter_prob:
+        x = _sometimes(each[:, 0], o.jitter_prob, color_jitter, x, o.jitter)
+    if o.grayscale:
+        x = _sometimes(each[:, 1], o.grayscale, lambda _, x: jnp.broadcast_to(luma(x), x.shape), x)
+    if o.blur:
+        x = _sometimes(each[:, 2], o.blur, random_blur, x, o.blur_sigma)
+    if o.flip:
+        x = _sometimes(each[:, 3], o.flip, lambda _, x: x[:, :, ::-1], x)
+    if o.randaugment:
+        x = randaugment(x, each[:, 4], o.randaugment, o.randaugment_level, o.randaugment_prob)
+    return x
+
+
+def _sometimes(keys: jax.Array, probability: float, operation: Callable[..., jax.Array], x: jax.Array, *args: Any) -> jax.Array:
+    """`operation(keys, x, *args)` on the rows whose draw falls below the probability."""
+    keys = jax.vmap(jax.random.split)(keys)  # [batch, 2]
+    chosen = jax.vmap(jax.random.uniform)(keys[:, 0]) < probability
+    return jnp.where(chosen[:, None, None, None], operation(keys[:, 1], x, *args), x)
+
+
+def luma(x: jax.Array) -> jax.Array:
+    """ITU-R BT.601 luma of [..., 3] as [..., 1]."""
+    return x @ jnp.asarray([[0.299], [0.587], [0.114]], x.dtype)
+
+
+def color_jitter(keys: jax.Array, x: jax.Array, strength: tuple[float, float, float, float]) -> jax.Array:
+    """Brightness, contrast, saturation, then hue, each by a uniform draw.
+
+    Always in this order: an order drawn for each row would cost four times the work in a batch.
+    """
+    u = jax.vmap(lambda k: jax.random.uniform(k, (4, 1, 1, 1), minval=-1.0))(keys)  # [batch, 4, 1, 1, 1]
+    brightness, contrast, saturation = (jnp.maximum(1 + u[:, i] * strength[i], 0) for i in range(3))
+    x = blend(x, 0.0, brightness)
+    x = blend(x, luma(x).mean((1, 2), keepdims=True), contrast)
+    x = blend(x, luma(x), saturation)
+    return shift_hue(x, u[:, 3, ..., 0] * strength[3]) if strength[3] else x
+
+
+def blend(x: jax.Array, other: jax.Array | float, factor: jax.Array) -> jax.Array:
+    """`factor` of x and the rest of `other`, kept within the levels."""
+    return jnp.clip(factor * x + (1 - factor) * other, 0, 255)
+
+
+def shift_hue(x: jax.Array, turn: jax.Array) -> jax.Array:
+    """Turn the HSV hue of [..., 3] by `turn` circles."""
+    r, g, b = x[..., 0], x[..., 1], x[..., 2]
+    value = x.max(-1)
+    chroma = value - x.min(-1)
+    safe = jnp.where(chroma == 0, 1, chroma)
+    sextant = jnp.where(value == r, (g - b) / safe, jnp.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
+    k = (jnp.asarray([5.0, 3.0, 1.0]) + (sextant + 6 * turn)[..., None]) % 6
+    return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
+
+
+def random_blur(keys: jax.Array, x: jax.Array, sigma: Pair) -> jax.Array:
+    """A Gaussian blur of a width drawn from `sigma`, cut at three widths of the widest; the border pixels repeat outwards."""
+    low, high = sigma
+    width = jax.vmap(lambda k: jax.random.uniform(k, minval=low, maxval=high))(keys)
+    return blur(x, width, int(3 * high + 0.5))
+
+
+def blur(x: jax.Array, sigma: jax.Array, reach: int) -> jax.Array:
+    """Gaussian blur of [batch, height, width, 3] by sigma [batch], with 2 * reach + 1 taps."""
+    taps = jnp.exp(-0.5 * (jnp.arange(-reach, reach + 1) / sigma[:, None]) ** 2)
+    taps = taps / taps.sum(1, keepdims=True)  # [batch, tap]
+    for axis in (1, 2):
+        size = x.shape[axis]
+        padded = jnp.pad(x, [(reach, reach) if a == axis else (0, 0) for a in range(4)], "edge")
+        shifted = (jax.lax.slice_in_dim(padded, t, t + size, axis=axis) for t in range(2 * reach + 1))
+        x = functools.reduce(jnp.add, (taps[:, t, None, None, None] * s for t, s in enumerate(shifted)))
+    return x

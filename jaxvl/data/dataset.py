@@ -1,0 +1,186 @@
+"""Opened data: what the config says, checked, and the samples it leads to."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from jaxvl.data import decode
+from jaxvl.data.cache import Cache, cache_folder
+from jaxvl.data.guard import BadData, table
+from jaxvl.data.labels import class_names
+from jaxvl.data.mixing import quotas
+from jaxvl.data.source import Bad, Place, Record, Source, Want
+from jaxvl.data.sources import open_source
+
+CROP = decode.DecodeOptions()
+
+
+class DataOptions(NamedTuple):
+    """Where samples come from and what is made of them.
+
+    source: patterns of shards (sources.expand) or tfds://. weights: shares of the sources; without, they mix by size.
+    captions: which of a sample's captions to train on, the first being KEY.txt, the others "captions" of KEY.json; "none" needs none.
+    caption_field: the field of KEY.json that has the captions instead. label: a field of KEY.json, or "cls" for KEY.cls, to deliver
+    as "label". image_size: pixels a side; crop_scale, crop_ratio, fit, dct_margin, min_side, max_pixels: see decode.py.
+    group_shards: shards whose samples are shuffled together, 0 for all. chunk: samples that one thread prepares at a time.
+    threads (of each process) and workers (processes): 0 and -1 choose by the cores there are. prefetch: batches prepared ahead.
+    max_bad_rate: share of bad samples above which the run stops. index: folder of the shards' indexes, by default in the cache.
+    cache: folder for remote shards and rendered sets, by default $JAXVL_CACHE or ~/.cache/jaxvl. cache_gb: bound of the shards in it.
+    """
+
+    source: str | tuple[str, ...] = ""
+    weights: tuple[float, ...] = ()
+    captions: Literal["first", "random", "longest", "none"] = "first"
+    caption_field: str = ""
+    label: str = ""
+    image_size: int = CROP.size
+    crop_scale: tuple[float, float] = CROP.crop_scale
+    crop_ratio: tuple[float, float] = CROP.crop_ratio
+    fit: Literal["crop", "squash"] = "crop"
+    dct_margin: float = CROP.dct_margin
+    min_side: int = CROP.min_side
+    max_pixels: int = CROP.max_pixels
+    group_shards: int = 16
+    chunk: int = 32
+    threads: int = 0
+    workers: int = -1
+    prefetch: int = 2
+    max_bad_rate: float = 0.1
+    index: str = ""
+    cache: str = ""
+    cache_gb: float = 64.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Opened sources, their shards numbered through.
+
+    counts: int64 [shard] usable samples. starts: int64 [shard + 1], the id of each shard's first sample, and the number of all.
+    parts: (first, last + 1) shard of each part of the mixture, with `quota` samples in a block (mixing.py).
+    classes: the class names that labels are places in, empty where labels are the numbers in the data.
+    """
+
+    options: DataOptions
+    sources: tuple[Source, ...]
+    counts: np.ndarray
+    starts: np.ndarray
+    parts: tuple[tuple[int, int], ...]
+    quota: tuple[int, ...]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def bad(self) -> Iterator[Bad]:
+        """The samples, and with an empty key the shards, that are known to be bad and are not in the order."""
+        return (bad for source in self.sources for bad in source.known())
+
+
+def open_data(options: DataOptions) -> Dataset:
+    """Find, index and check the shards that `options` names.
+
+    Raises ValueError for options that cannot be right, naming key and value; BadData where nothing, or too little, can be used.
+    """
+    check(options)
+    patterns = (options.source,) if isinstance(options.source, str) else tuple(options.source)
+    place = place_of(options)
+    sources = tuple(open_source(p, place) for p in patterns)
+    _refuse_repeats(sources)
+    good, bad = (int(sum(n.sum() for n in numbers)) for numbers in ([s.counts for s in sources], [s.bad for s in sources]))
+    if not good or bad > options.max_bad_rate * (good + bad):
+        why = f"above data.max_bad_rate={options.max_bad_rate}" if good else "none can be used"
+        known = table(b for s in sources for b in s.known())
+        raise BadData(f"{', '.join(patterns)}: {bad:,} of {good + bad:,} samples are bad, {why}:\n{known}")
+    counts = np.concatenate([s.counts for s in sources])
+    ends = np.cumsum([len(s.counts) for s in sources]).tolist() if options.weights else [len(counts)]
+    parts = tuple(zip([0, *ends[:-1]], ends, strict=True))
+    classes = class_names(sources, options.label, place.index) if options.label else ()
+    return Dataset(options, sources, counts, np.append(0, np.cumsum(counts)), parts, quotas(options.weights or (1.0,)), classes)
+
+
+def place_of(options: DataOptions) -> Place:
+    """The part of `options` that opening a source reads."""
+    folder = cache_folder(options.cache)
+    cache = Cache(str(folder), int(options.cache_gb * 2**30))
+    return Place(options.index or str(folder / "index"), cache, options.captions != "none", options.caption_field)
+
+
+def check(options: DataOptions) -> None:
+    """Raise ValueError naming the first option that cannot be right."""
+    sources = (options.source,) if isinstance(options.source, str) else options.source
+    if not sources or not all(sources):
+        raise ValueError(f"data.source is {options.source!r}; it must name shards, such as 'train-{{0000..0127}}.tar' or 'glyphs://train'")
+    if options.weights and len(options.weights) != len(sources):
+        raise ValueError(f"data.weights has {len(options.weights)} entries for {len(sources)} sources; give one each, or none")
+    if options.captions not in ("first", "random", "longest", "none"):
+        raise ValueError(f"data.captions is {options.captions!r}; it must be first, random, longest or none")
+    for key, low, high in (
+        ("group_shards", 0, math.inf),
+        ("chunk", 1, 1 << 14),
+        ("threads", 0, 1 << 10),
+        ("workers", -1, 1 << 10),
+        ("prefetch", 1, 1 << 10),
+        ("max_bad_rate", 0.0, 1.0),
+        ("cache_gb", 0.0, math.inf),
+    ):
+        if not low <= getattr(options, key) <= high:
+            raise ValueError(f"data.{key} is {getattr(options, key)}; it must be from {low} to {high}")
+    try:
+        decode.check(decode_options(options))
+    except ValueError as error:
+        raise ValueError(f"data.{error}") from None
+
+
+def decode_options(options: DataOptions) -> decode.DecodeOptions:
+    """The part of `options` that decode.py reads."""
+    same = {field: getattr(options, field) for field in decode.DecodeOptions._fields if field != "size"}
+    return decode.DecodeOptions(size=options.image_size, **same)
+
+
+def read(dataset: Dataset, shard: int, row: int, want: Want) -> Record | Bad:
+    """Sample `row` of the dataset's shard `shard`."""
+    source, shard = source_of(dataset, shard)
+    return source.read(shard, row, want)
+
+
+def source_of(dataset: Dataset, shard: int) -> tuple[Source, int]:
+    """The source that holds the dataset's shard `shard`, and the shard's number in it."""
+    for source in dataset.sources:
+        if shard < len(source.shards):
+            return source, shard
+        shard -= len(source.shards)
+    raise IndexError(f"the dataset has no shard {shard} beyond its last")
+
+
+def rows_of(dataset: Dataset, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shard and row, int64 [b] each, of samples by id."""
+    shard = np.searchsorted(dataset.starts, ids, side="right") - 1
+    return shard, ids - dataset.starts[shard]
+
+
+def read_samples(dataset: Dataset, ids: Sequence[int] | np.ndarray, want: Want = Want()) -> Iterator[Record | Bad]:
+    """The samples with these ids, not decoded: for galleries and triplets."""
+    for shard, row in zip(*rows_of(dataset, np.asarray(ids, np.int64)), strict=True):
+        yield read(dataset, int(shard), int(row), want)
+
+
+def captions(dataset: Dataset, most: int = 1_000_000) -> Iterator[str]:
+    """The captions of at most `most` samples, spread evenly: what a tokenizer is trained on."""
+    ids = np.linspace(0, len(dataset), min(most, len(dataset)), endpoint=False).astype(np.int64)
+    want = Want(image=False, alternates=dataset.options.captions in ("random", "longest"), fields=False)
+    for record in read_samples(dataset, ids, want):
+        if isinstance(record, Record):
+            yield from record.captions
+
+
+def _refuse_repeats(sources: Sequence[Source]) -> None:
+    seen: dict[str, str] = {}
+    for source in sources:
+        for shard in source.shards:
+            if shard in seen:
+                raise ValueError(f"shard {shard} is in data.source {seen[shard]!r} and again in {source.name!r}")
+            seen[shard] = source.name

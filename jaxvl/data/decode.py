@@ -1,0 +1,120 @@
+"""From the bytes of an image to the uint8 pixels of a batch: which part of it, at which size.
+
+All randomness comes in as numbers, so the same bytes and numbers give the same pixels on any host, worker and thread.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from jaxvl.data import pixels
+from jaxvl.data.pixels import Header, Undecodable, read_header
+from jaxvl.data.resize import Box, resize
+
+__all__ = ["UNIFORMS", "DecodeOptions", "Undecodable", "check", "decode_eval", "decode_full", "decode_train", "probe", "random_box"]
+
+UNIFORMS = 22  # of decode_train, each in [0, 1): ten tries of (area, ratio), then the offsets x and y
+
+
+class DecodeOptions(NamedTuple):
+    """What decode_train and decode_eval return, and what they refuse.
+
+    size: pixels a side of the result. crop_scale: range of the random crop's area as a share of the image's, and crop_ratio
+    of its width over its height. fit: for evaluation, "crop" takes the largest centred square and "squash" the whole image.
+    dct_margin: in training, a JPEG is decoded at 1/2 or 1/4 size where the crop still has dct_margin * size pixels a side;
+    1 never enlarges what was decoded, infinity always decodes in full. min_side, max_pixels: smaller and larger are refused.
+    """
+
+    size: int = 224
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    fit: Literal["crop", "squash"] = "crop"
+    dct_margin: float = 0.75
+    min_side: int = 2
+    max_pixels: int = 1 << 26
+
+
+def check(options: DecodeOptions) -> None:
+    """Raise ValueError for a value that cannot be meant."""
+    low, high = options.crop_scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"crop_scale is {options.crop_scale}; it takes two shares of the area, 0 < low <= high <= 1")
+    low, high = options.crop_ratio
+    if not 0 < low <= high:
+        raise ValueError(f"crop_ratio is {options.crop_ratio}; it takes two ratios of width to height, 0 < low <= high")
+    if options.fit not in ("crop", "squash"):
+        raise ValueError(f"fit is {options.fit!r}; it takes 'crop' or 'squash'")
+    if not options.dct_margin > 0:
+        raise ValueError(f"dct_margin is {options.dct_margin}; it takes a positive number, 1 to never enlarge")
+    for name in ("size", "min_side", "max_pixels"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} is {getattr(options, name)}; it takes a positive number of pixels")
+
+
+def probe(image: bytes, options: DecodeOptions) -> tuple[int, int]:
+    """(width, height) of the upright image, from its header alone; raises Undecodable for what the header gives away."""
+    return read_header(image, options.min_side, options.max_pixels).upright
+
+
+def decode_full(image: bytes, options: DecodeOptions) -> np.ndarray:
+    """The whole upright image, uint8 [height, width, 3]; raises Undecodable."""
+    header = read_header(image, options.min_side, options.max_pixels)
+    return pixels.upright(pixels.decode(image, header), header).copy()
+
+
+def decode_train(image: bytes, options: DecodeOptions, uniforms: np.ndarray) -> np.ndarray:
+    """A random resized crop, uint8 [size, size, 3], from float64 [UNIFORMS] in [0, 1); raises Undecodable."""
+    header = read_header(image, options.min_side, options.max_pixels)
+    return _cut(image, header, random_box(*header.upright, options, uniforms), options.size, options.dct_margin)
+
+
+def decode_eval(image: bytes, options: DecodeOptions) -> np.ndarray:
+    """The centred square, or the whole image squashed (`options.fit`), as uint8 [size, size, 3]; raises Undecodable."""
+    header = read_header(image, options.min_side, options.max_pixels)
+    width, height = header.upright
+    x = y = 0.0
+    if options.fit == "crop":
+        side = min(width, height)
+        x, y = (width - side) / 2, (height - side) / 2
+    return _cut(image, header, (x, y, width - x, height - y), options.size, 1.0)
+
+
+def random_box(width: int, height: int, options: DecodeOptions, uniforms: np.ndarray) -> Box:
+    """The random resized crop of Inception training (Szegedy et al., 2015), whole pixels: of ten tries, the first that fits.
+
+    Area is uniform in crop_scale and the logarithm of the ratio in that of crop_ratio. Where no try fits, the largest
+    centred box with the nearest allowed ratio.
+    """
+    u = uniforms.tolist()
+    (small, large), (narrow, broad) = options.crop_scale, options.crop_ratio
+    for i in range(0, 20, 2):
+        area = width * height * (small + (large - small) * u[i])
+        ratio = narrow * (broad / narrow) ** u[i + 1]
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = int(u[20] * (width - w + 1)), int(u[21] * (height - h + 1))
+            return x, y, x + w, y + h
+    w = min(width, max(1, round(height * broad)))
+    h = min(height, max(1, round(width / narrow)))
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
+
+
+def _cut(image: bytes, header: Header, box: Box, size: int, margin: float) -> np.ndarray:
+    """The box of the upright image, resized to uint8 [size, size, 3].
+
+    The stored image is cut and the small result turned, which moves fewer pixels than turning first.
+    """
+    box = pixels.stored(box, header)
+    side = min(box[2] - box[0], box[3] - box[1])
+    factor = next((f for f in (4, 2) if header.jpeg and side >= f * margin * size), 1)
+    found = pixels.decode(image, header, factor, smooth=side < 1.5 * size)
+    rough = int(side / (factor * 3 * size))
+    if rough > 1:  # a box average first; it leaves the bicubic kernel three pixels a side or more for each of its own
+        found = np.asarray(Image.fromarray(found).reduce(rough))
+        factor *= rough
+    left, top, right, bottom = (edge / factor for edge in box)
+    cut = resize(found, (left, top, right, bottom), size, size)
+    return cut if header.orientation == 1 else np.ascontiguousarray(pixels.upright(cut, header))

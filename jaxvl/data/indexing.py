@@ -1,0 +1,127 @@
+"""Indexes of many shards: found where they are kept, checked against their shards, built where missing or stale."""
+
+import contextlib
+import multiprocessing
+import os
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+from jaxvl.data.cache import Cache, digest, is_remote, locked, open_shard, stamp
+from jaxvl.data.tarindex import Index, Summary, build_index, empty_index, read_summary, save_index
+
+PROGRESS_AFTER = 5.0  # seconds
+PROCESSES_FROM = 1 << 31  # bytes of shards below which starting processes costs more than it saves
+GONE = (0, 0)  # the stamp of a shard that cannot be reached
+STORE_THREADS = 32  # a remote store answers slowly, and many questions at once
+
+
+def index_path(shard: str, folder: str) -> str:
+    """Where the index of `shard` is kept."""
+    return os.path.join(folder, f"{os.path.basename(shard)}-{digest(shard)}.idx")
+
+
+def ensure_indexes(shards: Sequence[str], folder: str, cache: Cache, rebuild: bool = False) -> list[Summary]:
+    """The summary of every shard's index in `folder`, built first where there is none for the shard as it is now."""
+    stamps = _stamps(shards)
+    paths = [Path(index_path(s, folder)) for s in shards]
+    held = [None if rebuild else read_summary(p) for p in paths]
+    todo = [i for i, (summary, at) in enumerate(zip(held, stamps, strict=True)) if summary is None or summary.stamp != at]
+    if todo:
+        with locked(Path(folder) / "build.lock"):
+            _build([(shards[i], stamps[i], paths[i]) for i in todo], cache, rebuild)
+        for i in todo:
+            held[i] = read_summary(paths[i])
+    return held
+
+
+def _build(jobs: list[tuple[str, tuple[int, int], Path]], cache: Cache, rebuild: bool) -> None:
+    large = sum(stamp[0] for _, stamp, _ in jobs) >= PROCESSES_FROM
+    for _ in progress(parallel(_build_one, (cache, rebuild), jobs, cores() if large else 1), len(jobs), "indexing shards"):
+        pass
+
+
+def _build_one(how: tuple[Cache, bool], job: tuple[str, tuple[int, int], Path]) -> None:
+    (cache, rebuild), (shard, version, path) = how, job
+    held = None if rebuild else read_summary(path)
+    if held is None or held.stamp != version:  # else another process has built it while this one waited
+        save_index(_index_shard(shard, version, cache), path)
+
+
+def _index_shard(shard: str, version: tuple[int, int], cache: Cache) -> Index:
+    if not is_remote(shard):  # a pattern can match anything, and one bad file must not stop a run
+        try:
+            if not stat.S_ISREG(os.stat(shard).st_mode):
+                return empty_index("special", version)
+            os.close(os.open(shard, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError:
+            return empty_index("unreadable", version)
+    fd = open_shard(shard, cache)
+    try:
+        return build_index(fd, version)
+    finally:
+        os.close(fd)
+
+
+def _stamps(shards: Sequence[str]) -> list[tuple[int, int]]:
+    if any(map(is_remote, shards)):
+        with futures.ThreadPoolExecutor(STORE_THREADS) as pool:
+            return list(pool.map(_stamp, shards))
+    return [_stamp(s) for s in shards]
+
+
+def _stamp(shard: str) -> tuple[int, int]:
+    try:
+        return stamp(shard)
+    except OSError:
+        if is_remote(shard):
+            raise
+        return GONE
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def parallel(function: Callable, shared: Any, items: Sequence[Any], workers: int) -> Iterator[Any]:
+    """function(shared, item) of every item, in order, in `workers` processes where that is more than one."""
+    if workers < 2 or len(items) < 2:
+        yield from (function(shared, item) for item in items)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
+    with futures.ProcessPoolExecutor(min(workers, len(items)), context, _share, (function, shared)) as pool:
+        yield from pool.map(_call_shared, items)
+
+
+def _share(function: Callable, shared: Any) -> None:
+    """Keep what every call of this process needs: it comes once, and not with each item."""
+    global _shared
+    _shared = function, shared
+
+
+def _call_shared(item: Any) -> Any:
+    function, shared = _shared
+    return function(shared, item)
+
+
+_shared: tuple[Callable, Any]
+
+
+def progress(items: Iterable[Any], total: int, title: str) -> Iterator[Any]:
+    """`items`, with a progress bar on standard error once they have taken more than five seconds."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    bar = Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+    begun, shown = time.monotonic(), None
+    with contextlib.ExitStack() as stack:
+        for done, item in enumerate(items, 1):
+            yield item
+            if shown is None and time.monotonic() - begun > PROGRESS_AFTER:
+                shown = stack.enter_context(bar).add_task(title, total=total)
+            if shown is not None:
+                bar.update(shown, completed=done)

@@ -1,0 +1,57 @@
+"""Labels: a field of the samples as int32, its numbers as they are, its words by their place among all words in order."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxvl.data.cache import digest
+from jaxvl.data.indexing import cores, parallel, progress
+from jaxvl.data.source import Record, Source, Want
+
+FIELDS = Want(image=False, captions=False, alternates=False)
+PROCESSES_FROM = 100_000  # samples below which starting processes costs more than it saves
+
+
+def class_names(sources: Sequence[Source], field: str, folder: str) -> tuple[str, ...]:
+    """All words of `field` in order, empty where every value is a number. Kept in `folder`: they are read once from every sample.
+
+    Raises ValueError where no sample has the field.
+    """
+    path = Path(folder) / f"labels-{digest(' '.join([field, *(s.version for s in sources)]))}.json"
+    if path.is_file():
+        return tuple(json.loads(path.read_text()))
+    jobs = [(source, shard) for source, s in enumerate(sources) for shard in range(len(s.shards))]
+    large = sum(int(s.counts.sum()) for s in sources) >= PROCESSES_FROM
+    values = set().union(*progress(parallel(_values, (sources, field), jobs, cores() if large else 1), len(jobs), f"reading {field}"))
+    if not values:
+        raise ValueError(f"data.label is {field!r}, a field that no sample of {', '.join(s.name for s in sources)} has")
+    names = () if all(_number(v) is not None for v in values) else tuple(sorted(values))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(names))
+    os.replace(partial, path)
+    return names
+
+
+def label_of(meta: dict[str, Any], field: str, places: dict[str, int]) -> int | None:
+    """The label of a sample with these fields; `places` of the class names, empty where values are numbers. None for no label."""
+    value = _word(meta.get(field))
+    return None if value is None else places.get(value) if places else _number(value)
+
+
+def _values(shared: tuple[Sequence[Source], str], job: tuple[int, int]) -> set[str]:
+    (sources, field), (number, shard) = shared, job
+    source = sources[number]
+    records = (source.read(shard, row, FIELDS) for row in range(int(source.counts[shard])))
+    words = {_word(r.meta.get(field)) for r in records if isinstance(r, Record)}
+    return {w for w in words if w is not None}
+
+
+def _word(value: Any) -> str | None:
+    return str(value) if isinstance(value, str | int) else None
+
+
+def _number(value: str) -> int | None:
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 10 else None

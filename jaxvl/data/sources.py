@@ -1,0 +1,112 @@
+"""From the words of a config to sources: which shards a pattern names, and their indexes, built where they are missing."""
+
+import glob
+import itertools
+import os
+import re
+import shutil
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from jaxvl.data.cache import Cache, digest, filesystem, is_remote, locked
+from jaxvl.data.source import Place, Source
+from jaxvl.data.tarsource import tar_source
+
+
+def expand(pattern: str, cache: Cache) -> tuple[str, ...]:
+    """The shards that `pattern` names, in order.
+
+    A path, a folder (its *.tar), a glob, brace ranges ("train-{0000..0127}.tar", "{a,b}.tar"), any of these as a URL of fsspec,
+    or "glyphs://train?size=20000", which is rendered on first use. Raises ValueError where nothing matches or a shard is named twice.
+    """
+    if pattern.startswith("glyphs://"):
+        return _glyphs(pattern, cache)
+    shards = list(itertools.chain.from_iterable(_matches(p.removeprefix("file://")) for p in braces(pattern)))
+    twice = sorted({s for s in shards if shards.count(s) > 1}) if len(set(shards)) < len(shards) else ()
+    if twice:
+        raise ValueError(f"data.source {pattern!r} names {twice[0]} more than once")
+    return tuple(shards)
+
+
+def braces(pattern: str) -> list[str]:
+    """`pattern` with every {a,b} and {first..last} written out; the width of `first` is kept ("{000..127}")."""
+    start, _, rest = pattern.partition("{")
+    if start == pattern:
+        return [pattern]
+    words, depth = [""], 0
+    for at, letter in enumerate(rest):
+        if letter == "}" and depth == 0:
+            choices = words if len(words) > 1 else _range(words[0], pattern)
+            return [start + word + tail for choice in choices for word in braces(choice) for tail in braces(rest[at + 1 :])]
+        depth += (letter == "{") - (letter == "}")
+        words = [*words, ""] if letter == "," and depth == 0 else [*words[:-1], words[-1] + letter]
+    raise ValueError(f"data.source {pattern!r}: a brace is not closed")
+
+
+def _range(text: str, pattern: str) -> list[str]:
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    if not span:
+        raise ValueError(f"data.source {pattern!r}: {{{text}}} is neither a range {{0000..0127}} nor a list {{a,b}}")
+    first, last = int(span[1]), int(span[2])
+    if last < first:
+        raise ValueError(f"data.source {pattern!r}: the range {{{text}}} ends before it begins")
+    return [str(i).zfill(len(span[1])) for i in range(first, last + 1)]
+
+
+def _matches(pattern: str) -> list[str]:
+    if is_remote(pattern):
+        return _remote_matches(pattern)
+    path = os.path.abspath(os.path.expanduser(pattern))
+    if os.path.isdir(path) and not path.endswith(".tar"):
+        found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+        if not found:
+            raise ValueError(f"data.source {pattern!r} is a folder without *.tar")
+        return found
+    if os.path.lexists(path):
+        return [path]
+    found = sorted(glob.glob(path, recursive=True))
+    if not found:
+        raise ValueError(f"data.source {pattern!r} matches no file (looked for {path})")
+    return found
+
+
+def _remote_matches(pattern: str) -> list[str]:
+    store, path = filesystem(pattern)
+    if not glob.has_magic(path):
+        if not store.isdir(path):
+            return [pattern]
+        path = path.rstrip("/") + "/*.tar"
+    found = sorted(store.unstrip_protocol(p) for p in store.glob(path))
+    if not found:
+        raise ValueError(f"data.source {pattern!r} matches no file")
+    return found
+
+
+def _glyphs(pattern: str, cache: Cache) -> tuple[str, ...]:
+    import matplotlib
+
+    from jaxvl.data import glyphs
+
+    part, _, query = pattern.removeprefix("glyphs://").partition("?")
+    words = dict(parse_qsl(query, keep_blank_values=True))
+    unknown = sorted(set(words) - {"size", "pixels", "seed"})
+    if part not in glyphs.PARTS or unknown or not all(v.isdigit() for v in words.values()):
+        raise ValueError(f"data.source {pattern!r}: write glyphs://{'|'.join(glyphs.PARTS)}?size=N&pixels=N&seed=N, the query as needed")
+    made_by = digest(f"{matplotlib.__version__} {Path(glyphs.__file__).read_text()}")
+    folder = Path(cache.folder) / "glyphs" / "-".join([part, *(f"{k}{words[k]}" for k in sorted(words)), made_by[:8]])
+    with locked(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            partial = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            glyphs.write_shards(partial, part, **{k: int(v) for k, v in words.items()})
+            os.replace(partial, folder)
+    return tuple(sorted(str(f) for f in folder.glob("*.tar")))
+
+
+def open_source(pattern: str, place: Place) -> Source:
+    """The source that `pattern` names. Raises ValueError with the pattern and what is wrong with it."""
+    if pattern.startswith("tfds://"):
+        from jaxvl.data.tfds import tfds_source
+
+        return tfds_source(pattern, place)
+    return tar_source(pattern, expand(pattern, place.cache), place)

@@ -1,0 +1,155 @@
+"""The index of a tar shard: where the parts of every sample lie, in columns that load by mapping the file.
+
+An index file is a header, a ROW for each sample that has an image, a BAD for each that cannot be used, the reasons of the
+shard's own damage, and all keys end to end. It takes about 60 bytes a sample, and no Python object until a row is read.
+"""
+
+import itertools
+import os
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxvl.data.reasons import REASONS
+from jaxvl.data.targroup import SLOTS, UNCAPTIONED, Sample, group
+from jaxvl.data.tarwalk import walk
+
+MAGIC = b"jaxvlidx"
+VERSION = 1
+# magic, version, the shard's stamp (two), pairs, images, bad, damages, bytes of keys
+HEADER = struct.Struct("<8sQQQQQQQQ")
+WORDS = tuple(REASONS)
+
+ROW = np.dtype([(f"{slot}_at", "<u8") for slot in SLOTS] + [(f"{slot}_size", "<u4") for slot in SLOTS] + [("key_end", "<u4")])
+BAD = np.dtype([("key_end", "<u4"), ("reason", "<u4")])
+
+
+class Index(NamedTuple):
+    """The samples of one shard.
+
+    rows: ROW [images], in file order, those with a caption (`pairs` of them) before those without. bad: BAD [bad].
+    keys: bytes of all keys end to end, rows then bad; `key_end` is where each ends. damage: reasons of stretches that are no tar.
+    stamp: size and version of the shard that was indexed (cache.stamp).
+    """
+
+    rows: np.ndarray
+    bad: np.ndarray
+    keys: np.ndarray
+    damage: tuple[str, ...]
+    pairs: int
+    stamp: tuple[int, int]
+
+    def key(self, row: int) -> str:
+        """The key of sample `row`."""
+        return _text(self.keys[int(self.rows["key_end"][row - 1]) if row else 0 : int(self.rows["key_end"][row])])
+
+    def bad_keys(self) -> list[tuple[str, str]]:
+        """(key, reason) of every bad sample."""
+        start = int(self.rows["key_end"][-1]) if len(self.rows) else 0
+        spans = _spans(self.bad["key_end"], start)
+        return [(_text(self.keys[a:b]), WORDS[r]) for (a, b), r in zip(spans, self.bad["reason"], strict=True)]
+
+
+class Summary(NamedTuple):
+    """The head of an index file: enough to order samples without opening the columns."""
+
+    stamp: tuple[int, int]
+    pairs: int
+    images: int
+    bad: int
+    damages: int
+
+
+def build_index(fd: int, version: tuple[int, int]) -> Index:
+    """Index the tar open at `fd`, whose shard is at stamp `version`. Nothing in the file makes this raise."""
+    length = os.fstat(fd).st_size
+    samples, damage = group(walk(fd, length))
+    if not samples and (damage or not length):
+        return empty_index("nottar" if length else "empty", version)
+    return _index(samples, damage, version)
+
+
+def empty_index(reason: str, version: tuple[int, int]) -> Index:
+    """The index of a shard that holds nothing, and why."""
+    return _index([], (reason,), version)
+
+
+def _index(samples: list[Sample], damage: tuple[str, ...], stamp: tuple[int, int]) -> Index:
+    judged = [(s, s.reason()) for s in samples]
+    pairs = [s for s, reason in judged if reason is None]
+    images = pairs + [s for s, reason in judged if reason in UNCAPTIONED]
+    bad = [(s, reason) for s, reason in judged if reason is not None and reason not in UNCAPTIONED]
+    keys = [s.key for s in images] + [s.key for s, _ in bad]
+    ends = np.cumsum([len(key) for key in keys], dtype=np.uint32)
+    rows, bads = np.zeros(len(images), ROW), np.zeros(len(bad), BAD)
+    for slot in SLOTS:
+        places = np.array([s.members.get(slot, (0, 0)) for s in images], np.uint64).reshape(-1, 2)
+        rows[f"{slot}_at"], rows[f"{slot}_size"] = places.T
+    rows["key_end"], bads["key_end"] = ends[: len(rows)], ends[len(rows) :]
+    bads["reason"] = [WORDS.index(reason) for _, reason in bad]
+    return Index(rows, bads, np.frombuffer(b"".join(keys), np.uint8), damage, len(pairs), stamp)
+
+
+def exclude(index: Index, failures: dict[int, str]) -> Index:
+    """`index` with the rows of `failures` (row -> reason) moved to its bad samples."""
+    order = [r for r in range(len(index.rows)) if r not in failures]
+    keys = [bytes(index.keys[a:b]) for a, b in _spans(index.rows["key_end"], 0)]
+    old = [bytes(index.keys[a:b]) for a, b in _spans(index.bad["key_end"], sum(map(len, keys)))]
+    gone = sorted(failures)
+    kept, bad = index.rows[order].copy(), np.zeros(len(index.bad) + len(gone), BAD)
+    names = [keys[r] for r in order] + old + [keys[r] for r in gone]
+    ends = np.cumsum([len(n) for n in names], dtype=np.uint32)
+    kept["key_end"], bad["key_end"] = ends[: len(kept)], ends[len(kept) :]
+    bad["reason"] = np.append(index.bad["reason"], [WORDS.index(failures[r]) for r in gone])
+    pairs = index.pairs - sum(r < index.pairs for r in gone)
+    return index._replace(rows=kept, bad=bad, keys=np.frombuffer(b"".join(names), np.uint8), pairs=pairs)
+
+
+def save_index(index: Index, path: Path) -> None:
+    """Write `index` at `path` in one step, so that no reader ever sees a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    damage = np.array([WORDS.index(d) for d in index.damage], "<u4")
+    head = HEADER.pack(MAGIC, VERSION, *index.stamp, index.pairs, len(index.rows), len(index.bad), len(damage), len(index.keys))
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(partial, "wb") as file:
+        for part in (head, index.rows, index.bad, damage, index.keys):
+            file.write(part if isinstance(part, bytes) else part.tobytes())
+    os.replace(partial, path)
+
+
+def read_summary(path: Path) -> Summary | None:
+    """The head of the index file at `path`; None where it is absent, of another version or not whole."""
+    try:
+        with open(path, "rb") as file:
+            magic, version, size, mtime, pairs, images, bad, damages, keys = HEADER.unpack(file.read(HEADER.size))
+            whole = HEADER.size + images * ROW.itemsize + bad * BAD.itemsize + 4 * damages + keys
+            if magic != MAGIC or version != VERSION or os.fstat(file.fileno()).st_size != whole:
+                return None
+    except (FileNotFoundError, struct.error):
+        return None
+    return Summary((size, mtime), pairs, images, bad, damages)
+
+
+def load_index(path: Path) -> Index:
+    """Map the index file at `path`. Raises ValueError if it is not whole."""
+    head = read_summary(path)
+    if head is None:
+        raise ValueError(f"{path} is not a whole index of version {VERSION}; delete it and it will be built again")
+    data, at = np.memmap(path, np.uint8, "r").view(np.ndarray), HEADER.size
+    parts = []
+    for dtype, count in ((ROW, head.images), (BAD, head.bad), (np.dtype("<u4"), head.damages)):
+        parts.append(data[at : at + count * dtype.itemsize].view(dtype))
+        at += count * dtype.itemsize
+    rows, bad, damage = parts
+    return Index(rows, bad, data[at:], tuple(WORDS[d] for d in damage), head.pairs, head.stamp)
+
+
+def _spans(ends: np.ndarray, start: int) -> list[tuple[int, int]]:
+    bounds = [start, *ends.tolist()]
+    return list(itertools.pairwise(bounds))
+
+
+def _text(key: np.ndarray) -> str:
+    return bytes(key).decode("utf-8", "backslashreplace")

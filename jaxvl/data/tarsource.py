@@ -1,0 +1,128 @@
+"""Samples of indexed tar shards: a row of the index to the bytes it points at."""
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxvl.data.cache import Cache, digest, is_remote, open_shard, stamp
+from jaxvl.data.indexing import ensure_indexes, index_path
+from jaxvl.data.source import Bad, Place, Record, Source, Want
+from jaxvl.data.tarindex import Index, load_index
+from jaxvl.data.text import LONGEST, Uncaptioned, clean_caption
+
+OPEN_SHARDS = 64  # of a process; a few groups of the order
+
+
+class TarFiles(NamedTuple):
+    """Shards with their index files; `faulty` are those whose index has anything bad. text: a sample needs KEY.txt.
+
+    field: the field of KEY.json that has the captions, "" for KEY.txt with "captions" as further ones.
+    """
+
+    shards: tuple[str, ...]
+    indexes: tuple[str, ...]
+    faulty: tuple[int, ...]
+    text: bool
+    field: str
+    cache: Cache
+
+
+def tar_source(name: str, shards: Sequence[str], place: Place) -> Source:
+    """The source of these tar shards."""
+    index, cache = place.index, place.cache
+    summaries = ensure_indexes(shards, index, cache, place.rebuild)
+    text = place.captions and not place.caption_field
+    counts = np.array([s.pairs if text else s.images for s in summaries], np.int64)
+    bad = np.array([s.images + s.bad for s in summaries], np.int64) - counts
+    faulty = tuple(i for i, s in enumerate(summaries) if bad[i] or s.damages)
+    files = TarFiles(tuple(shards), tuple(index_path(s, index) for s in shards), faulty, text, place.caption_field, cache)
+    fetch = functools.partial(_fetch, files) if any(map(is_remote, shards)) else None
+    version = digest(repr([(shard, s.stamp, s.images) for shard, s in zip(shards, summaries, strict=True)]))
+    return Source(name, version, files.shards, counts, bad, functools.partial(_read, files), functools.partial(_known, files), fetch)
+
+
+class _Shard:
+    """An open shard and its index; the file is closed when the last reader lets go."""
+
+    def __init__(self, fd: int, index: Index) -> None:
+        self.fd, self.index = fd, index
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+@functools.lru_cache(maxsize=OPEN_SHARDS)
+def _open(name: str, index: str, cache: Cache) -> _Shard:
+    shard = _Shard(open_shard(name, cache), load_index(Path(index)))
+    if not is_remote(name) and stamp(name) != shard.index.stamp:
+        raise OSError(f"shard {name} has changed since it was indexed; start again, and it is indexed anew")
+    return shard
+
+
+def _fetch(files: TarFiles, shard: int) -> None:
+    os.close(open_shard(files.shards[shard], files.cache))
+
+
+def _read(files: TarFiles, shard: int, row: int, want: Want) -> Record | Bad:
+    name = files.shards[shard]
+    opened = _open(name, files.indexes[shard], files.cache)
+    image_at, text_at, json_at, cls_at, image_size, text_size, json_size, cls_size, _ = opened.index.rows[row].item()
+    key = opened.index.key(row)
+
+    def member(at: int, size: int) -> bytes:
+        data = os.pread(opened.fd, size, at)
+        if len(data) != size:
+            raise OSError(f"shard {name} ends inside sample {key!r}: it has changed since it was indexed")
+        return data
+
+    meta: dict[str, Any] = {}
+    if json_at and (want.fields or (want.captions and (want.alternates or files.field))):
+        meta = _fields(member(json_at, json_size))
+    if cls_at and want.fields:
+        meta["cls"] = member(cls_at, cls_size).decode("utf-8", "replace").strip()
+    try:
+        if not want.captions:
+            captions = ()
+        elif files.field:
+            captions = _good(meta.get(files.field))
+        else:
+            captions = (clean_caption(member(text_at, min(text_size, LONGEST))), *(_good(meta.get("captions")) if want.alternates else ()))
+        if want.captions and not captions:
+            raise Uncaptioned("nocaption")
+    except Uncaptioned as error:
+        return Bad(name, key, error.reason)
+    return Record(key, member(image_at, image_size) if want.image else b"", tuple(dict.fromkeys(captions)), meta)
+
+
+def _good(value: Any) -> tuple[str, ...]:
+    """The captions in a field, a text or a list of texts, that can be used."""
+    good = []
+    for caption in value if isinstance(value, list) else [value]:
+        if isinstance(caption, str):
+            with contextlib.suppress(Uncaptioned):
+                good.append(clean_caption(caption))
+    return tuple(good)
+
+
+def _fields(data: bytes) -> dict[str, Any]:
+    """The json of a sample; {} where it is none, since image and text may be whole."""
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _known(files: TarFiles) -> Iterator[Bad]:
+    for shard in files.faulty:
+        index = load_index(Path(files.indexes[shard]))
+        found = [("", reason) for reason in index.damage] + index.bad_keys()
+        if files.text:
+            found += [(index.key(row), "blank" if index.rows["text_at"][row] else "nocaption") for row in range(index.pairs, len(index.rows))]
+        yield from (Bad(files.shards[shard], key, reason) for key, reason in found)

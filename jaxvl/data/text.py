@@ -1,0 +1,198 @@
+"""Captions to token ids: a tokenizer from a folder or the Hugging Face hub, or a BPE trained on the captions themselves.
+
+Token 0 is padding and nothing else, whatever the tokenizer: the ids of one whose pad token is missing, shared with another
+token or not 0 are moved up by one (`Tokenizer.offset`), so `tokens != 0` is the mask of every text encoder.
+"""
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # of the trained BPE
+LONGEST = 1 << 14  # bytes of a caption that are looked at; no encoder reads more
+INVISIBLE = dict.fromkeys(map(ord, "\0\ufeff\u200b\u2060"), " ")  # NUL, byte order mark and spaces of no width
+
+# Prompts of zero-shot classification; a class is the mean of its prompts' embeddings (Radford et al., 2021, section 3.1.4).
+PROMPTS = {
+    "plain": ("{}",),
+    "photo": ("a photo of a {}",),
+    "views": (
+        "a photo of a {}",
+        "a close view of a {}",
+        "a {} seen from far away",
+        "a dark picture of a {}",
+        "a bright picture of a {}",
+        "a drawing of a {}",
+        "a {} on a plain background",
+        "several of a kind: {}",
+    ),
+    "letters": ("{}", "the character {}", "{} in print", "{} in an unknown typeface"),
+}
+
+
+class Uncaptioned(ValueError):
+    """A caption that must not be used. `reason`: blank or undecodable."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+class TokenizerOptions(NamedTuple):
+    """name: "bpe", or a folder or hub name of a fast tokenizer. context_length: ids a caption, BOS and EOS included.
+
+    vocab_size, lowercase and captions (how many to train on at most) are those of the BPE.
+    """
+
+    name: str = "bpe"
+    context_length: int = 77
+    vocab_size: int = 16384
+    lowercase: bool = True
+    captions: int = 1_000_000
+
+
+class Tokenizer:
+    """Captions to ids and back.
+
+    vocab_size: number of ids, padding included. bos, eos: their ids, bos None where the tokenizer has none. offset: what was
+    added to the ids of the tokenizer it came from, 0 or 1; imported embedding tables need as many rows put in front.
+    """
+
+    def __init__(self, backend: Any, context_length: int, bos: str | None, eos: str, pad: str | None) -> None:
+        """`backend` is a tokenizers.Tokenizer; it is kept and changed: template, truncation, no padding."""
+        from tokenizers import processors
+
+        least = 2 + (bos is not None)
+        if context_length < least:
+            raise ValueError(f"tokenizer.context_length is {context_length}; it takes {least} or more, for {bos or ''}{eos} and a token")
+        first, last = backend.token_to_id(bos) if bos else None, backend.token_to_id(eos)
+        specials = [(t, backend.token_to_id(t)) for t in dict.fromkeys(filter(None, (bos, eos)))]
+        backend.post_processor = processors.TemplateProcessing(f"{bos}:0 $A:0 {eos}:0" if bos else f"$A:0 {eos}:0", None, specials)
+        backend.enable_truncation(context_length)
+        backend.no_padding()
+        self._backend, self._names = backend, {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        self.offset = 0 if pad and pad not in (bos, eos) and backend.token_to_id(pad) == 0 else 1
+        self.context_length = context_length
+        self.vocab_size = backend.get_vocab_size() + self.offset
+        self.bos = None if first is None else first + self.offset
+        self.eos = last + self.offset
+
+    def encode_batch(self, captions: Sequence[str]) -> np.ndarray:
+        """int32 [len(captions), context_length]: BOS, tokens, EOS, padding; a long caption loses its end, never its EOS."""
+        rows = [encoding.ids for encoding in self._backend.encode_batch_fast(captions)]
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        tokens = np.zeros((len(rows), self.context_length), np.int32)
+        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum()))
+        tokens[np.arange(self.context_length) < lengths[:, None]] = flat + self.offset
+        return tokens
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """The text of one row of ids, without special tokens and padding."""
+        return self._backend.decode([int(t) - self.offset for t in tokens if t], skip_special_tokens=True).strip()
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which load_tokenizer and transformers.AutoTokenizer read.
+
+        The files hold the tokenizer's own ids, before `offset`.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.context_length}
+        config |= {name: token for name, token in self._names.items() if token}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        self._backend.save(str(folder / "tokenizer.json"))
+
+
+def check(options: TokenizerOptions) -> None:
+    """Raise ValueError for a value that cannot be meant."""
+    if options.name == "bpe" and options.vocab_size < 512:
+        raise ValueError(f"tokenizer.vocab_size is {options.vocab_size}; 256 are bytes and three are special, so it takes 512 or more")
+    for name in ("context_length", "captions"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"tokenizer.{name} is {getattr(options, name)}; it takes a positive number")
+
+
+def train_tokenizer(captions: Iterable[str], options: TokenizerOptions) -> Tokenizer:
+    """A byte-level BPE of `captions`, the same for the same captions in any order; no caption has an unknown token.
+
+    Few captions give fewer tokens than vocab_size. Raises ValueError where there is no caption at all.
+    """
+    from tokenizers import Tokenizer as Backend, decoders, models, normalizers, pre_tokenizers, trainers
+
+    check(options)
+    captions = iter(captions)
+    try:
+        first = next(captions)
+    except StopIteration:
+        raise ValueError("there are no captions to train a tokenizer on; set tokenizer.name to a folder or a hub name") from None
+    backend = Backend(models.BPE())
+    steps = [normalizers.NFKC()] + [normalizers.Lowercase()] * options.lowercase
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=options.vocab_size, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(itertools.islice(itertools.chain([first], captions), options.captions), trainer)
+    return Tokenizer(backend, options.context_length, BOS, EOS, PAD)
+
+
+def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` left in `folder`, or else the one that `options.name` names.
+
+    Raises OSError where it cannot be found, ValueError where it has no fast version or no token that ends a text.
+    """
+    check(options)
+    if folder is not None:
+        from tokenizers import Tokenizer as Backend
+
+        names = json.loads((Path(folder) / "tokenizer_config.json").read_text())
+        saved = Backend.from_file(str(Path(folder) / "tokenizer.json"))
+        return Tokenizer(saved, options.context_length, names.get("bos_token"), names["eos_token"], names.get("pad_token"))
+    if options.name == "bpe":
+        raise ValueError("tokenizer.name is 'bpe', which is trained on captions; only a folder or a hub name can be loaded")
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(options.name)
+    backend = getattr(found, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"tokenizer.name is {options.name!r}, a {type(found).__name__}; only fast tokenizers (tokenizer.json) can be used")
+    bos, eos = found.bos_token or found.cls_token, found.eos_token or found.sep_token
+    if eos is None:
+        raise ValueError(f"tokenizer.name is {options.name!r}, which has no EOS or SEP token; text encoders need one to end a caption")
+    return Tokenizer(backend, options.context_length, bos, eos, found.pad_token)
+
+
+def clean_caption(raw: bytes | str) -> str:
+    """The visible text of a caption on one line: UTF-8, without byte order mark and NULs, each run of white space one space.
+
+    Only the first 16 KiB count. Raises Uncaptioned where they are not UTF-8, or where nothing is visible in them.
+    """
+    start = raw[:LONGEST] if isinstance(raw, bytes) else raw[:LONGEST].encode(errors="surrogatepass")[:LONGEST]
+    try:
+        text = start.decode()
+    except UnicodeDecodeError as error:
+        if len(start) < LONGEST or error.start < LONGEST - 3:
+            raise Uncaptioned("undecodable", str(error)) from error
+        text = start[: error.start].decode()  # the bound has cut a character in two
+    text = " ".join(text.translate(INVISIBLE).split())
+    if not text:
+        raise Uncaptioned("blank")
+    return text
+
+
+def prompts(templates: str | Sequence[str], classes: Sequence[str]) -> list[list[str]]:
+    """The prompts of each class, from a name in PROMPTS or from templates with one "{}" each."""
+    if isinstance(templates, str):
+        if templates not in PROMPTS:
+            raise ValueError(f"prompts is {templates!r}; it takes {', '.join(PROMPTS)} or a list of templates such as 'a photo of a {{}}'")
+        templates = PROMPTS[templates]
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"the prompt template {template!r} must have one {{}}, where the name of the class goes")
+    return [[template.replace("{}", name) for template in templates] for name in classes]

@@ -1,0 +1,227 @@
+"""What `jaxvl data` does: index shards, check every sample, describe them, make new ones. Tables, or JSON where asked for."""
+
+import collections
+import hashlib
+import json as jsonlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxvl.data import decode
+from jaxvl.data.cache import locked
+from jaxvl.data.dataset import DataOptions, decode_options, place_of
+from jaxvl.data.indexing import cores, index_path, parallel, progress
+from jaxvl.data.reasons import REASONS
+from jaxvl.data.source import Bad, Source, Want
+from jaxvl.data.sources import open_source
+from jaxvl.data.tarindex import exclude, load_index, save_index
+
+SHOWN = 40  # shards of a table; the sum has them all
+SAMPLED = 100_000  # samples that stats looks into
+PROCESSES_FROM = 2_000  # samples below which starting processes costs more than it saves
+QUANTILES = {"least": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "most": 1.0}
+
+
+class ShardCount(NamedTuple):
+    """One shard: usable samples, bad ones by reason, which together are all its samples, and the reasons of its own damage."""
+
+    shard: str
+    good: int
+    bad: dict[str, int]
+    damage: dict[str, int]
+
+
+def index(paths: Sequence[str], json: bool = False, rebuild: bool = False, index: str = "", cache: str = "") -> int:
+    """Index the shards that `paths` name and print what the indexes know. Returns 0, or 1 where no sample can be used."""
+    sources = open_sources(paths, index, cache, rebuild)
+    return _print_counts([count for source in sources for count in known_counts(source)], json)
+
+
+def check(paths: Sequence[str], json: bool = False, record: bool = False, index: str = "", cache: str = "") -> int:
+    """Decode every sample and print the reasons of those that cannot be used; good and bad of a shard add up to its index.
+
+    With `record`, what cannot be used becomes bad in the index, so that later runs leave it out; `index --rebuild` takes it back.
+    Returns 0, or 1 where no sample can be used.
+    """
+    counts = []
+    for source in open_sources(paths, index, cache):
+        failures = check_source(source)
+        for count, failed in zip(known_counts(source), failures, strict=True):
+            bad = collections.Counter(count.bad) + collections.Counter(failed.values())
+            counts.append(count._replace(good=count.good - len(failed), bad=dict(bad)))
+        if record:
+            _record(source, failures, place_of(DataOptions(index=index, cache=cache)).index)
+    return _print_counts(counts, json)
+
+
+def stats(paths: Sequence[str], json: bool = False, index: str = "", cache: str = "") -> int:
+    """Print counts, sizes, shapes, caption lengths and duplicates of the samples that `paths` name, or of an even 100,000 of them.
+
+    Returns 0, or 1 where no sample can be used.
+    """
+    sources = open_sources(paths, index, cache)
+    good = sum(int(s.counts.sum()) for s in sources)
+    every = max(1, good // SAMPLED)
+    jobs = [(source, shard) for source, s in enumerate(sources) for shard in range(len(s.shards))]
+    looks = progress(parallel(_look, (sources, every), jobs, _workers(good)), len(jobs), "reading samples")
+    rows = [row for look in looks for row in look]
+    report = {"samples": good, "bad": sum(int(s.bad.sum()) for s in sources), "shards": len(jobs), "looked at": len(rows)}
+    report |= _describe(rows) if rows else {}
+    if json:
+        print(jsonlib.dumps(report))
+    else:
+        _print_stats(report)
+    return 0 if good else 1
+
+
+def make(what: str, out: Path, part: str = "train", size: int | None = None, per_shard: int = 1000) -> int:
+    """Write shards into `out`: of the embedded set for "glyphs" (its `part`, `size` images), else of the folder `what`. Returns 0."""
+    from jaxvl.data import glyphs
+    from jaxvl.data.make import make_shards
+
+    if what == "glyphs":
+        if per_shard != glyphs.SHARD:
+            raise ValueError(f"glyphs come in shards of {glyphs.SHARD}; {per_shard} a shard is for folders")
+        shards, left_out = glyphs.write_shards(out, part, size), []
+    else:
+        if size is not None or part != "train":
+            raise ValueError("part and size are for glyphs; a folder is written whole")
+        shards, left_out = make_shards(Path(what), Path(out), per_shard)
+    for path in left_out:
+        print(f"left out, no caption: {path}")
+    print(f"{len(shards)} shards in {out}, {len(left_out)} images left out")
+    return 0
+
+
+def known_counts(source: Source) -> list[ShardCount]:
+    """What the index knows of every shard of a source."""
+    bad: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    damage: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for fault in source.known():
+        (bad if fault.key else damage)[fault.shard][fault.reason] += 1
+    return [ShardCount(s, int(n), dict(bad[s]), dict(damage[s])) for s, n in zip(source.shards, source.counts, strict=True)]
+
+
+def check_source(source: Source) -> list[dict[int, str]]:
+    """Of every shard, the rows whose samples cannot be used although the index has them, and why."""
+    shards = range(len(source.shards))
+    return list(progress(parallel(_check_shard, source, shards, _workers(int(source.counts.sum()))), len(shards), "checking shards"))
+
+
+def _check_shard(source: Source, shard: int) -> dict[int, str]:
+    how, want = decode_options(DataOptions()), Want(alternates=False, fields=False)
+    failures = {}
+    for row in range(int(source.counts[shard])):
+        record = source.read(shard, row, want)
+        if isinstance(record, Bad):
+            failures[row] = record.reason
+            continue
+        try:
+            decode.decode_eval(record.image, how)
+        except decode.Undecodable as error:
+            failures[row] = error.reason
+    return failures
+
+
+def _record(source: Source, failures: list[dict[int, str]], folder: str) -> None:
+    if source.name.startswith("tfds://"):
+        raise ValueError(f"{source.name} has no index to record in; only shards of tar files have")
+    with locked(Path(folder) / "build.lock"):
+        for shard, failed in zip(source.shards, failures, strict=True):
+            if failed:
+                path = Path(index_path(shard, folder))
+                save_index(exclude(load_index(path), failed), path)
+
+
+def _look(shared: tuple[list[Source], int], job: tuple[int, int]) -> list[tuple]:
+    """Of every so many samples of a shard: image bytes, width, height, caption characters, words, captions, digests."""
+    sources, every = shared
+    source, shard = sources[job[0]], job[1]
+    how, rows = decode_options(DataOptions()), []
+    for row in range(0, int(source.counts[shard]), every):
+        record = source.read(shard, row, Want(fields=False))
+        if isinstance(record, Bad):
+            continue
+        try:
+            width, height = decode.probe(record.image, how)
+        except decode.Undecodable:
+            continue
+        main = record.captions[0]
+        rows.append((len(record.image), width, height, len(main), len(main.split()), len(record.captions), _digest(record.image), _digest(main.encode())))
+    return rows
+
+
+def _digest(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _describe(rows: list[tuple]) -> dict[str, Any]:
+    *numbers, images, captions = zip(*rows, strict=True)
+    size, width, height, characters, words, number = (np.array(n) for n in numbers)
+    columns = {
+        "image bytes": size, "width": width, "height": height, "width / height": width / height,
+        "caption characters": characters, "caption words": words, "captions a sample": number,
+    }  # fmt: skip
+    spread = {name: {q: round(float(np.quantile(v, at)), 3) for q, at in QUANTILES.items()} for name, v in columns.items()}
+    return {"repeated images": len(rows) - len(set(images)), "repeated captions": len(rows) - len(set(captions)), "spread": spread}
+
+
+def open_sources(paths: Sequence[str], index: str, cache: str, rebuild: bool = False) -> list[Source]:
+    """The sources that `paths` name, as training opens them."""
+    place = place_of(DataOptions(index=index, cache=cache))._replace(rebuild=rebuild)
+    return [open_source(path, place) for path in paths]
+
+
+def _workers(samples: int) -> int:
+    return cores() if samples >= PROCESSES_FROM else 1
+
+
+def _print_counts(counts: list[ShardCount], json: bool) -> int:
+    reasons, damage = collections.Counter(), collections.Counter()
+    for count in counts:
+        reasons.update(count.bad)
+        damage.update(count.damage)
+    good = sum(c.good for c in counts)
+    if json:
+        shards = [c._asdict() for c in counts]
+        print(jsonlib.dumps({"good": good, "bad": reasons.total(), "reasons": dict(reasons), "damage": dict(damage), "shards": shards}))
+        return 0 if good else 1
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("shard", "samples", "good", "bad", "reasons", "damage", title=f"{len(counts)} shards")
+    worst = sorted(counts, key=lambda c: -sum(c.bad.values()) - sum(c.damage.values()))[:SHOWN]
+    for count in [c for c in counts if c in worst] if len(counts) > SHOWN else counts:
+        bad = sum(count.bad.values())
+        name = Text(count.shard, overflow="fold")
+        table.add_row(name, f"{count.good + bad:,}", f"{count.good:,}", f"{bad:,}", _words(count.bad), _words(count.damage))
+    if len(counts) > SHOWN:
+        table.add_row(f"... and {len(counts) - SHOWN} more, with fewer faults", "", "", "", "", "")
+    table.add_section()
+    table.add_row("all", f"{good + reasons.total():,}", f"{good:,}", f"{reasons.total():,}", _words(reasons), _words(damage))
+    console = Console()
+    console.print(table)
+    for word in sorted({*reasons, *damage}):
+        console.print(Text(f"{word}: {REASONS[word]}"))
+    return 0 if good else 1
+
+
+def _words(counted: dict[str, int]) -> str:
+    return ", ".join(f"{n:,} {word}" for word, n in sorted(counted.items(), key=lambda item: -item[1]))
+
+
+def _print_stats(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for name, value in report.items():
+        if name != "spread":
+            console.print(f"{name}: {value:,}")
+    table = Table("", *QUANTILES)
+    for name, spread in report.get("spread", {}).items():
+        table.add_row(name, *(f"{v:,.3g}" if v < 100 else f"{v:,.0f}" for v in spread.values()))
+    console.print(table)

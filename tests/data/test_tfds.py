@@ -1,0 +1,81 @@
+"""Prepared TFDS data, written and read here without TensorFlow."""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxvl.data.stream import eval_batches, open_data, read_samples, train_batches
+from tests.data.shards import Letters, number_of, options, picture
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten pictures in two files, as tfds prepares them."""
+    import tensorflow_datasets as tfds
+
+    features = tfds.features
+
+    class Toy(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        code_path = None  # there is no module of this builder to look for checksums in
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            texts = features.Sequence({"text": features.Text(), "id": np.int64})
+            label = features.ClassLabel(names=["cat", "dog"])
+            kinds = {"image": features.Image(encoding_format="png"), "caption": features.Text(), "captions": texts, "label": label}
+            return tfds.core.DatasetInfo(builder=self, features=features.FeaturesDict(kinds))
+
+        def _split_generators(self, _: object) -> dict:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for n in range(10):
+                captions = [{"text": f"one {n}", "id": n}, {"text": f"two {n}", "id": n + 1}]
+                yield n, {"image": io.BytesIO(picture(n)), "caption": "" if n == 3 else f"number {n}", "captions": captions, "label": n % 2}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    settings = tfds.download.DownloadConfig(num_shards=2)
+    Toy(data_dir=str(folder)).download_and_prepare(file_format="array_record", download_config=settings)
+    return folder / "toy" / "1.0.0"
+
+
+def test_every_sample_with_its_label(prepared: Path, tmp_path: Path) -> None:
+    dataset = open_data(options(f"tfds://{prepared}/train", tmp_path, label="label"))
+    assert len(dataset) == 10 and dataset.counts.shape == (2,) and dataset.classes == ("cat", "dog")
+    batches = list(eval_batches(dataset, Letters(), batch_size=10))
+    numbers = [number_of(p) for p, v in zip(batches[0].arrays["image"], batches[0].arrays["valid"], strict=True) if v]
+    assert sorted(numbers) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert [b.reason for b in batches[0].bad] == ["blank"]
+    assert [n % 2 for n in numbers] == batches[0].arrays["label"][batches[0].arrays["valid"]].tolist()
+    texts = Letters().encode_batch([f"number {n}" for n in numbers])
+    np.testing.assert_array_equal(batches[0].arrays["tokens"][batches[0].arrays["valid"], 0], texts)
+    ids = np.concatenate([b.ids for b, _ in zip(train_batches(dataset, Letters(), seed=0, start=0, batch_size=5), range(2), strict=False)])
+    assert len(set(ids.tolist())) >= 9
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize(("caption", "first"), [("captions.text", "one"), ("label", ("cat", "dog")), ("caption", "number")])
+def test_captions_from_any_feature(prepared: Path, tmp_path: Path, caption: str, first: str | tuple[str, ...]) -> None:
+    pattern = f"tfds://toy/train[:50%]?dir={prepared.parent.parent}&caption={caption}"
+    records = [r for r in read_samples(open_data(options(pattern, tmp_path)), range(5)) if hasattr(r, "captions")]
+    assert len(records) >= 4 and all(r.captions[0].startswith(first) for r in records)
+    assert {len(r.captions) for r in records} == {2 if "." in caption else 1}
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ("toy/nothing?dir={dir}", "nothing"),
+        ("nosuchset/train?dir={dir}", "nosuchset"),
+        ("toy/train?dir={dir}&caption=words", r"\?caption= must be one of"),
+        ("toy/train?dir={dir}&image=label", r"\?image= must be one of its images: image"),
+        ("toy/train?folder=x", "write tfds://"),
+        ("toy", "write tfds://"),
+    ],
+)
+def test_what_cannot_be_opened(prepared: Path, tmp_path: Path, rest: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"data.source 'tfds://.*{message}"):
+        open_data(options("tfds://" + rest.format(dir=prepared.parent.parent), tmp_path))
