@@ -1,0 +1,48 @@
+"""Evaluations by kind, and the one way to run them, in a run and on its own. A kind's module is imported when it is asked for."""
+import importlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Kind(NamedTuple):
+    """A module that defines `evaluate(name, options, model)` and a tuple of options."""
+
+    module: str
+    options_name: str
+
+    def options(self) -> type:
+        """The NamedTuple whose fields are the keys of an `evals` entry of this kind."""
+        return getattr(importlib.import_module(self.module), self.options_name)
+
+    def evaluate(self, name: str, options: Any, model: Any) -> tuple[dict[str, float], list]:
+        """Numbers by name and galleries for the report. Raises ValueError for options or data that cannot be evaluated."""
+        return importlib.import_module(self.module).evaluate(name, options, model)
+
+
+EVALS = {
+    "retrieval": Kind("jaxvl.evals.retrieval", "RetrievalOptions"),
+    "zeroshot": Kind("jaxvl.evals.zeroshot", "ZeroshotOptions"),
+}
+
+
+def run(evals: Mapping[str, Any], method: Any, params: Any, tokenizer: Any, data: Any, augment: Any) -> tuple[dict[str, float], list]:
+    """Runs evaluations, given as {name: options}, on `params` over the mesh of the context (`jax.set_mesh`).
+
+    data: DataOptions of the training, from which image size and the like are taken; augment: AugmentOptions, for the pixels' mean and
+    spread. Returns the numbers as {"name/i2t/r@1": ...} and galleries (gallery.py) for the report; every process gets the same.
+    """
+    import jax
+
+    from jaxvl.evals.embed import Model
+
+    model = Model(method, params, tokenizer, data, augment, jax.sharding.get_mesh())
+    values: dict[str, float] = {}
+    galleries: list = []
+    for name, options in evals.items():
+        try:
+            numbers, shown = EVALS[options.kind].evaluate(name, options, model)
+        except ValueError as error:
+            raise ValueError(f"evals.{name}: {error}") from error
+        values |= {f"{name}/{key}": value for key, value in numbers.items()}
+        galleries += shown
+    return values, galleries

@@ -1,0 +1,143 @@
+"""From an opened data set to embeddings on the host: jitted, split over the mesh, in batches of one shape with a mask."""
+import io
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxvl.data import decode
+from jaxvl.data.augment import AugmentOptions, preprocess
+from jaxvl.data.dataset import decode_options
+from jaxvl.data.stream import Bad, DataOptions, Dataset, Want, eval_batches, open_data, read_samples
+from jaxvl.mesh import place, process_rows
+from jaxvl.methods.method import Method
+
+
+class Model(NamedTuple):
+    """What is evaluated, and where. `data` and `augment` are those of the training."""
+
+    method: Method
+    params: Any
+    tokenizer: Any
+    data: DataOptions
+    augment: AugmentOptions
+    mesh: Mesh
+
+
+class Embedded(NamedTuple):
+    """Embeddings of the usable samples of a data set, in its order.
+
+    images: float32 [image, d]. ids: int64 [image], rows of the data set. labels: int32 [image], 0 where none are asked for.
+    texts: float32 [text, d], all texts of an image together. owner: int32 [text], place of the text's image in `images`.
+    """
+
+    images: np.ndarray
+    ids: np.ndarray
+    labels: np.ndarray
+    texts: np.ndarray
+    owner: np.ndarray
+
+
+def open_for(model: Model, source: str | Sequence[str], *, captions: Literal["first", "random", "none"] = "first", label: str = "") -> Dataset:
+    """The data set of an evaluation, read as the training's. Raises ValueError where `source` is empty or cannot be opened."""
+    if not source:
+        raise ValueError("source is empty; it must name shards, such as 'val-{0000..0003}.tar' or 'glyphs://val-seen'")
+    source = source if isinstance(source, str) else tuple(source)
+    return open_data(model.data._replace(source=source, weights=(), captions=captions, label=label))
+
+
+def embed_samples(model: Model, dataset: Dataset, batch_size: int, captions: int = 1) -> Embedded:
+    """Embeds every usable sample with at most `captions` of its texts, none where the data set has data.captions="none"."""
+    size = whole_batch(model, batch_size)
+    reasons: Counter[str] = Counter()
+
+    def outputs() -> Iterator[dict[str, jax.Array]]:
+        for batch in eval_batches(dataset, model.tokenizer, batch_size=size, rows=process_rows(model.mesh, size), captions=captions):
+            reasons.update(bad.reason for bad in batch.bad)
+            yield _embed(model.params, place(batch.arrays, model.mesh), method=model.method, augment=model.augment)
+
+    parts = list(fetch(outputs()))
+    whole = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    valid = whole["valid"]
+    if missing := len(dataset) - int(valid.sum()):
+        why = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+        message = f"{missing:,} of {len(dataset):,} samples of {', '.join(s.name for s in dataset.sources)} cannot be used (here {why or 'none'})"
+        if not valid.any():
+            raise ValueError(message)
+        warnings.warn(f"{message}; the numbers are of the others", stacklevel=2)
+    images, labels = whole["image"][valid], whole["label"][valid] if "label" in whole else np.zeros(valid.sum(), np.int32)
+    if "text" not in whole:
+        return Embedded(images, np.flatnonzero(valid), labels, np.zeros((0, images.shape[1]), np.float32), np.zeros(0, np.int32))
+    real = np.arange(captions) < whole["captions"][valid][:, None]  # [image, captions]
+    owner = np.broadcast_to(np.arange(len(images), dtype=np.int32)[:, None], real.shape)
+    return Embedded(images, np.flatnonzero(valid), labels, whole["text"][valid][real], owner[real])
+
+
+def embed_texts(model: Model, texts: Sequence[str], batch_size: int) -> np.ndarray:
+    """float32 [text, d]."""
+    tokens, size = model.tokenizer.encode_batch(texts), whole_batch(model, batch_size)
+    low, high = process_rows(model.mesh, size)
+
+    def batches() -> Iterator[dict[str, jax.Array]]:
+        for start in range(0, len(tokens), size):
+            batch = np.zeros((size, tokens.shape[1]), np.int32)
+            batch[: len(tokens) - start] = tokens[start : start + size]
+            yield _embed(model.params, place({"tokens": batch[low:high, None]}, model.mesh), method=model.method, augment=model.augment)
+
+    return np.concatenate([part["text"][:, 0] for part in fetch(batches())])[: len(tokens)]
+
+
+def whole_batch(model: Model, batch_size: int) -> int:
+    """`batch_size` rounded up to a multiple of the parts that the mesh cuts a batch into."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    parts = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
+    return -(-batch_size // parts) * parts
+
+
+def fetch(outputs: Iterable[dict[str, jax.Array]]) -> Iterator[dict[str, np.ndarray]]:
+    """Global arrays as host arrays, one behind: a result is waited for when the next one is on its way."""
+    last = None
+    for output in outputs:
+        if last is not None:
+            yield multihost_utils.process_allgather(last, tiled=True)
+        last = output
+    if last is not None:
+        yield multihost_utils.process_allgather(last, tiled=True)
+
+
+def records(dataset: Dataset, ids: np.ndarray, captions: int = 1) -> list[tuple[bytes, tuple[str, ...]]]:
+    """PNG of what the model saw, and the texts, of the samples with these ids."""
+    want = Want(captions=dataset.options.captions != "none", alternates=captions > 1, fields=False)
+    out = []
+    for record in read_samples(dataset, ids, want):
+        if isinstance(record, Bad):
+            raise ValueError(f"sample {record.key!r} of {record.shard} was usable a moment ago and is not now: {record.reason}")
+        out.append((png(decode.decode_eval(record.image, decode_options(dataset.options))), record.captions[:captions]))
+    return out
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """uint8 [height, width, 3] as a PNG."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+@partial(jax.jit, static_argnames=("method", "augment"))
+def _embed(params: Any, batch: dict[str, jax.Array], *, method: Method, augment: AugmentOptions) -> dict[str, jax.Array]:
+    out = {k: v for k, v in batch.items() if k not in ("image", "tokens")}
+    if "image" in batch:
+        out["image"] = method.embed_image(params, preprocess(batch["image"], None, augment))  # [batch, d]
+    if "tokens" in batch:
+        tokens = batch["tokens"]  # [batch, captions, token]
+        out["text"] = method.embed_text(params, tokens.reshape(-1, tokens.shape[-1])).reshape(*tokens.shape[:2], -1)
+    return out

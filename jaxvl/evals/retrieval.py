@@ -1,0 +1,79 @@
+"""Zero-shot image-text retrieval, both ways, with several captions an image: any caption of an image is a right answer to it."""
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from jaxvl.data.stream import Dataset
+from jaxvl.evals import ranking
+from jaxvl.evals.embed import Embedded, Model, embed_samples, open_for, records
+from jaxvl.evals.ranking import Ranks
+from jaxvl.evals.streamed import streamed_ranks, streamed_top
+from jaxvl.gallery import Gallery, Hit, Query
+
+HITS = 5  # retrieved items shown for a query
+
+
+class RetrievalOptions(NamedTuple):
+    """The keys of an `evals` entry of this kind.
+
+    source: shards, as in data.source. every: steps between evaluations in a run, 0 for its end only. captions: texts an image
+    has at most, the main one first. ks: the K of R@K. folds: equal blocks of consecutive images that are ranked alone and averaged
+    (5 for COCO 1K). batch_size: images embedded at a time. show: queries each way in the report.
+    """
+
+    kind: Literal["retrieval"] = "retrieval"
+    source: str | tuple[str, ...] = ""
+    every: int = 0
+    captions: int = 1
+    ks: tuple[int, ...] = (1, 5, 10)
+    folds: int = 1
+    batch_size: int = 256
+    show: int = 12
+
+
+def evaluate(name: str, options: RetrievalOptions, model: Model) -> tuple[dict[str, float], list[Gallery]]:
+    """R@K, median rank (1-based) and rsum under the stable rule; see ranking.py. Raises ValueError for options that cannot be."""
+    if not options.ks or min(options.ks) < 1:
+        raise ValueError(f"ks is {options.ks}; it must be one or more whole numbers from 1")
+    if options.captions < 1 or options.show < 0:
+        raise ValueError(f"captions is {options.captions} and show is {options.show}; they must be at least 1 and 0")
+    dataset = open_for(model, options.source, captions="random" if options.captions > 1 else "first")
+    embedded = embed_samples(model, dataset, options.batch_size, options.captions)
+    folds = list(ranking.folds(embedded.owner, len(embedded.images), options.folds))
+    ranks = [rank(model, embedded.images[rows], embedded.texts[texts], owner) for rows, texts, owner in folds]
+    numbers = ranking.mean([ranking.both_ways(*both, options.ks) for both in ranks])
+    shown = galleries(name, options, model, dataset, embedded) if options.show else []
+    return numbers, shown
+
+
+def rank(model: Model, images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> tuple[Ranks, Ranks]:
+    """Ranks of image queries among texts and of text queries among images."""
+    index = np.arange(len(images))
+    return streamed_ranks(images, texts, index, owner, model.mesh), streamed_ranks(texts, images, owner, index, model.mesh)
+
+
+def galleries(name: str, options: RetrievalOptions, model: Model, dataset: Dataset, embedded: Embedded) -> list[Gallery]:
+    """Queries evenly spread over the set, with what they retrieve from all of it."""
+    first = np.searchsorted(embedded.owner, np.arange(len(embedded.images)))  # main text of each image
+    chosen = np.unique(np.linspace(0, len(embedded.images) - 1, options.show).round().astype(int))
+    index = np.arange(len(embedded.images))
+    out = []
+    for way in ("image to text", "text to image"):
+        if way == "image to text":
+            queries, items, own, groups = embedded.images[chosen], embedded.texts, index[chosen], embedded.owner
+        else:
+            queries, items, own, groups = embedded.texts[first[chosen]], embedded.images, index[chosen], index
+        top, scores = streamed_top(queries, items, min(HITS, len(items)), model.mesh)
+        ranks = streamed_ranks(queries, items, own, groups, model.mesh).stable
+        needed = np.unique(np.concatenate([chosen, groups[top].ravel()]))
+        seen = dict(zip(needed, records(dataset, embedded.ids[needed], options.captions), strict=True))
+        text = lambda t, seen=seen: seen[embedded.owner[t]][1][t - first[embedded.owner[t]]]
+        show = text if way == "image to text" else lambda i, seen=seen: seen[i][0]
+        rows = []
+        for q, image in enumerate(chosen):
+            hits = tuple(Hit(show(i), float(s), bool(groups[i] == image)) for i, s in zip(top[q], scores[q], strict=True))
+            picture, caption = seen[image][0], text(first[image])
+            item, answer = (picture, caption) if way == "image to text" else (caption, picture)
+            rows.append(Query(item, hits, int(ranks[q]), answer))
+        out.append(Gallery(f"{name}: {way}", tuple(rows)))
+    return out

@@ -1,0 +1,172 @@
+"""Ranks and best items from embeddings, in blocks: queries split over the devices, the gallery passing by, counts kept.
+
+No array has a query and an item axis beyond one block of [block / devices, block] scores a device. Embeddings stay on the host.
+"""
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from jaxvl.evals.ranking import Ranks, finish
+
+BLOCK = 4096
+
+
+class Counts(NamedTuple):
+    """What is known of each query so far, [query]."""
+
+    best: jax.Array  # float32, score of the best right item
+    first: jax.Array  # int32, its index (the lowest of equals), -1 if none
+    above: jax.Array  # int32, wrong items with a greater score
+    level: jax.Array  # int32, wrong items with the same score
+    before: jax.Array  # int32, those of them with a lower index
+
+
+def streamed_ranks(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    query_group: np.ndarray,
+    gallery_group: np.ndarray,
+    mesh: Mesh,
+    *,
+    leave_one_out: bool = False,
+    block: int = BLOCK,
+) -> Ranks:
+    """Ranks of the best right item, as `ranking.exact_ranks`, from float32 `queries` [query, d] and `gallery` [item, d].
+
+    An item is right where its group (int >= 0) is that of the query. `leave_one_out`: queries and gallery are the same rows, and a
+    row is not an item of its own. Scores are float32 dot products at the highest precision.
+
+    The gallery passes twice, first to find the best right item, then to count against it. Scores of two programs may
+    differ in the last bit, which would turn a tie into a win or a loss, so one compiled program serves both passes.
+
+    Raises ValueError for embeddings that are not finite or whose widths differ.
+    """
+    _check(queries, gallery)
+    if leave_one_out and len(queries) != len(gallery):
+        raise ValueError(f"leave_one_out ranks rows against themselves, but there are {len(queries)} queries and {len(gallery)} items")
+    place, count = _split(mesh), _programs(mesh)[0]
+    parts: list[Counts] = []
+    for start, rows in _chunks(queries, block, mesh):
+        zeros = np.zeros(len(rows), np.int32)
+        group = place(_pad(query_group[start : start + len(rows)].astype(np.int32), len(rows), -1))
+        own = place(start + np.arange(len(rows), dtype=np.int32) if leave_one_out else zeros - 1)
+        counts = Counts(*map(place, (np.full(len(rows), -np.inf, np.float32), zeros - 1, zeros, zeros, zeros)))
+        placed = place(rows)
+        for counting in (False, True):
+            for at, items, groups in _blocks(gallery, gallery_group, block, mesh):
+                last, counts = counts, count(counts, placed, group, own, items, groups, at, np.bool_(counting))
+                jax.block_until_ready(last)  # no more than two blocks wait on the devices
+        parts.append(counts)
+    _, first, above, level, before = (np.concatenate(x)[: len(queries)] for x in zip(*_fetch(parts), strict=True))
+    return finish(first >= 0, above, level, before)
+
+
+def streamed_top(queries: np.ndarray, gallery: np.ndarray, k: int, mesh: Mesh, *, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` items of the highest score for each query, best first, equals by index: (ids int32, scores float32), [query, k]."""
+    _check(queries, gallery)
+    if not 1 <= k <= len(gallery):
+        raise ValueError(f"k={k} must lie between 1 and the {len(gallery)} items of the gallery")
+    place, merge = _split(mesh), _programs(mesh)[1]
+    parts: list[tuple[jax.Array, jax.Array]] = []
+    for _, rows in _chunks(queries, block, mesh):
+        top = place(np.full((len(rows), k), -1, np.int32)), place(np.full((len(rows), k), -np.inf, np.float32))
+        placed = place(rows)
+        for at, items, groups in _blocks(gallery, np.zeros(len(gallery), np.int32), block, mesh):
+            last, top = top, merge(*top, placed, items, groups, at)
+            jax.block_until_ready(last)
+        parts.append(top)
+    ids, scores = (np.concatenate(x)[: len(queries)] for x in zip(*_fetch(parts), strict=True))
+    return ids, scores
+
+
+@functools.cache
+def _programs(mesh: Mesh) -> tuple[Callable, Callable]:
+    """`_pass` and `_merge` with their shardings pinned: left open, those of a result could call for a second program."""
+    rows, every = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
+    count = jax.jit(_pass, in_shardings=(rows,) * 4 + (every,) * 4, out_shardings=rows)
+    merge = jax.jit(_merge, in_shardings=(rows,) * 3 + (every,) * 3, out_shardings=rows)
+    return count, merge
+
+
+def _pass(counts, queries, query_group, own, items, groups, start, counting) -> Counts:  # type: ignore[no-untyped-def]
+    """One block of the gallery. First pass (counting=False): the best right item; second: the wrong items around it."""
+    scores = jax.lax.optimization_barrier(_scores(queries, items))  # [query, item]
+    index = start + jnp.arange(len(items))  # [item]
+    valid = (groups >= 0) & (index != own[:, None])
+    right = valid & (groups == query_group[:, None])
+    wrong = valid & ~right
+
+    hopes = jnp.where(right, scores, -jnp.inf)
+    best, first = hopes.max(1), index[hopes.argmax(1)]  # argmax takes the first of equals
+    better = best > counts.best  # an earlier block keeps the tie
+    found = Counts(jnp.where(better, best, counts.best), jnp.where(better, first, counts.first), *counts[2:])
+
+    above = wrong & (scores > counts.best[:, None])
+    level = wrong & (scores == counts.best[:, None])
+    before = level & (index < counts.first[:, None])
+    counted = counts._replace(above=counts.above + above.sum(1), level=counts.level + level.sum(1), before=counts.before + before.sum(1))
+    return jax.tree.map(lambda a, b: jnp.where(counting, a, b), counted, found)
+
+
+def _merge(ids, best, queries, items, groups, start) -> tuple[jax.Array, jax.Array]:  # type: ignore[no-untyped-def]
+    scores = jnp.where(groups >= 0, _scores(queries, items), -jnp.inf)
+    index = jnp.broadcast_to(start + jnp.arange(len(items), dtype=jnp.int32), scores.shape)
+    best, at = jax.lax.top_k(jnp.concatenate([best, scores], 1), ids.shape[1])  # earlier items stand first and win ties
+    return jnp.take_along_axis(jnp.concatenate([ids, index], 1), at, 1), best
+
+
+def _scores(queries: jax.Array, items: jax.Array) -> jax.Array:
+    return jnp.dot(queries, items.T, precision="highest", preferred_element_type=jnp.float32)
+
+
+def _chunks(queries: np.ndarray, block: int, mesh: Mesh) -> Iterator[tuple[int, np.ndarray]]:
+    """(start, rows) of equally many queries, a multiple of the devices; the last are padded with zeros."""
+    size = _round_up(min(block, len(queries)), mesh.size)
+    for start in range(0, len(queries), size):
+        yield start, _pad(np.asarray(queries[start : start + size], np.float32), size, 0)
+
+
+def _blocks(gallery: np.ndarray, groups: np.ndarray, block: int, mesh: Mesh) -> Iterator[tuple[np.int32, jax.Array, jax.Array]]:
+    """(start, items, groups) on every device, equally many; the last are padded with items of group -1."""
+    size = _round_up(min(block, len(gallery)), 8)
+    for start in range(0, len(gallery), size):
+        items = _pad(np.asarray(gallery[start : start + size], np.float32), size, 0)
+        group = _pad(groups[start : start + size].astype(np.int32), size, -1)
+        yield np.int32(start), _place(items, mesh, P()), _place(group, mesh, P())
+
+
+def _split(mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
+    return lambda x: _place(x, mesh, P(mesh.axis_names))
+
+
+def _place(x: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+
+
+def _fetch(tree: Any) -> Any:
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def _pad(x: np.ndarray, size: int, fill: int) -> np.ndarray:
+    return np.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)], constant_values=fill)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _check(queries: np.ndarray, gallery: np.ndarray) -> None:
+    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
+        raise ValueError(f"queries {queries.shape} and gallery {gallery.shape} must be [rows, d] of one width d")
+    for what, x in ("query", queries), ("gallery", gallery):
+        if not len(x):
+            raise ValueError(f"there is no {what} embedding")
+        broken = int((~np.isfinite(x)).any(1).sum())
+        if broken:  # NaN is neither above nor below anything, so every rank would be perfect
+            raise ValueError(f"{broken} of {len(x)} {what} embeddings are not finite; the model has diverged or an input is broken")

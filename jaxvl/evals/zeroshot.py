@@ -1,0 +1,101 @@
+"""Zero-shot classification with prompt ensembles (Radford et al. 2021, section 3.1.4).
+
+A class is the mean of the unit embeddings of its prompts, made a unit vector again; an image goes to the class of the
+highest cosine, equals to the class that comes first.
+"""
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from jaxvl.data.stream import Dataset
+from jaxvl.evals.embed import Embedded, Model, embed_samples, embed_texts, open_for, records
+from jaxvl.evals.streamed import streamed_top
+from jaxvl.gallery import Gallery, Hit, Query
+
+HITS = 5  # classes shown for an image
+
+
+class ZeroshotOptions(NamedTuple):
+    """The keys of an `evals` entry of this kind.
+
+    source: shards, as in data.source. label: the field of the samples that names the class. classes: names of the classes to use
+    in prompts, in the order of the labels; () where the data's own words will do. templates: prompts, "{}" being the class.
+    every: steps between evaluations in a run, 0 for its end only. ks: the K of top-K accuracy. batch_size: images or prompts
+    embedded at a time. show: images in the report.
+    """
+
+    kind: Literal["zeroshot"] = "zeroshot"
+    source: str | tuple[str, ...] = ""
+    label: str = "class"
+    classes: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ("{}", "a photo of a {}.")
+    every: int = 0
+    ks: tuple[int, ...] = (1, 5)
+    batch_size: int = 256
+    show: int = 12
+
+
+def evaluate(name: str, options: ZeroshotOptions, model: Model) -> tuple[dict[str, float], list[Gallery]]:
+    """Top-K accuracies "acc@K", and "class_acc@1", the mean over classes of their top-1 accuracy.
+
+    Raises ValueError for options that cannot be, and for labels that no class name fits.
+    """
+    check(options)
+    dataset = open_for(model, options.source, captions="none", label=options.label)
+    embedded = embed_samples(model, dataset, options.batch_size)
+    names = class_names(options, dataset, embedded.labels)
+    weights = class_embeddings(model, names, options.templates, options.batch_size)
+    top, scores = streamed_top(embedded.images, weights, min(max(*options.ks, HITS), len(names)), model.mesh)
+    right = top == embedded.labels[:, None]  # [image, place]
+    numbers = {f"acc@{k}": float(right[:, :k].any(1).mean()) for k in options.ks}
+    numbers["class_acc@1"] = float(np.nanmean(per_class(right[:, 0], embedded.labels, len(names))))
+    return numbers, [gallery(name, options, dataset, embedded, names, top, scores)] if options.show else []
+
+
+def check(options: ZeroshotOptions) -> None:
+    if not options.templates or not all("{}" in t for t in options.templates):
+        raise ValueError(f"templates is {options.templates}; each must hold {{}} where the class goes")
+    if not options.ks or min(options.ks) < 1:
+        raise ValueError(f"ks is {options.ks}; it must be one or more whole numbers from 1")
+    if not options.label or options.show < 0:
+        raise ValueError(f"label is {options.label!r} and show is {options.show}; they must name a field and be at least 0")
+
+
+def class_names(options: ZeroshotOptions, dataset: Dataset, labels: np.ndarray) -> tuple[str, ...]:
+    """The classes' names in the order of the labels."""
+    names = options.classes or dataset.classes
+    if not names:
+        raise ValueError(f"the labels in {options.label!r} are numbers; set classes to the names they stand for")
+    if dataset.classes and len(names) != len(dataset.classes):
+        raise ValueError(f"classes has {len(names)} names, but {options.label!r} has {len(dataset.classes)} values: {', '.join(dataset.classes[:5])}, ...")
+    if labels.max() >= len(names):
+        raise ValueError(f"{options.label!r} holds the label {labels.max()}, but classes has only {len(names)} names")
+    return tuple(names)
+
+
+def class_embeddings(model: Model, names: tuple[str, ...], templates: tuple[str, ...], batch_size: int) -> np.ndarray:
+    """float32 [class, d], unit vectors."""
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    each = embed_texts(model, prompts, batch_size).reshape(len(names), len(templates), -1)
+    mean = each.mean(1)
+    return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
+
+
+def per_class(right: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """float64 [class], the share of right answers among the images of each class; NaN for a class without images."""
+    counts = np.bincount(labels, minlength=classes)
+    return np.where(counts, np.bincount(labels, right, classes) / np.maximum(counts, 1), np.nan)
+
+
+def gallery(
+    name: str, options: ZeroshotOptions, dataset: Dataset, embedded: Embedded, names: tuple[str, ...], top: np.ndarray, scores: np.ndarray
+) -> Gallery:
+    """Images evenly spread over the set with their best classes; the rank is known as far as `top` goes."""
+    chosen = np.unique(np.linspace(0, len(embedded.images) - 1, options.show).round().astype(int))
+    queries = []
+    for image, (picture, _) in zip(chosen, records(dataset, embedded.ids[chosen]), strict=True):
+        label, best = embedded.labels[image], top[image]
+        hits = tuple(Hit(names[c], float(s), bool(c == label)) for c, s in zip(best[:HITS], scores[image], strict=False))
+        found = np.flatnonzero(best == label)
+        queries.append(Query(picture, hits, int(found[0]) if found.size else len(best), names[label]))
+    return Gallery(f"{name}: image to class", tuple(queries))
