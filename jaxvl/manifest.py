@@ -1,0 +1,189 @@
+"""Which checkpoint steps are whole: the folder names, the manifest of a step, and its verification. No JAX, no Orbax.
+
+A step is the folder `00001000` (its number, eight digits or more) of the checkpoint folder. It is written as `00001000.saving`
+and renamed when its manifest is on disk, and renamed to `00001000.deleting` before it is deleted. So a folder named by digits
+alone has been whole, whenever the run was killed, and whatever its manifest does not confirm now is damage.
+"""
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+FILE = "manifest.json"
+FORMAT = 1
+SEAL = ',\n "sha256": "{}"\n}}\n'
+SEAL_BYTES = len(SEAL.format("0" * 64))
+THREADS = min(8, os.cpu_count() or 1)
+
+log = logging.getLogger(__name__)
+
+
+class DamagedError(ValueError):
+    """A checkpoint step that is not what was saved; the message names the step, the file and what is wrong with it."""
+
+
+class LockedError(OSError):
+    """Another run is writing to the folder; the message names its process and host."""
+
+
+class Manifest(NamedTuple):
+    """What a step must be.
+
+    meta: the JSON the run saved beside its state. metrics: evaluation results of the step, null where they were not finite.
+    leaves: "float32[12,768]" of each leaf path. files: {"bytes", "sha256"} of each file, by its path in the step's folder.
+    """
+
+    step: int
+    meta: dict[str, Any]
+    metrics: dict[str, float | None]
+    leaves: dict[str, str]
+    files: dict[str, dict[str, Any]]
+
+
+def step_folder(folder: Path, step: int, suffix: str = "") -> Path:
+    """The folder of `step`: bare for a whole one, with suffix ".saving", ".deleting" or ".aside" for any other."""
+    return folder / f"{step:08d}{suffix}"
+
+
+def whole_steps(folder: Path) -> list[int]:
+    """The steps that were saved in full and not deleted since, newest first; `examine` tells whether one is undamaged."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted((int(n) for n in names if re.fullmatch(r"\d{8,}", n)), reverse=True)
+
+
+def write(target: Path, step: int, meta: dict[str, Any], metrics: dict[str, float | None], leaves: dict[str, str]) -> None:
+    """Put every file below `target` on disk, hash it, and write the manifest: the last file of a step."""
+    paths = sorted(p for p in target.rglob("*") if p.is_file())
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = list(pool.map(lambda path: _digest(path, sync=True), paths))
+    files = {p.relative_to(target).as_posix(): {"bytes": size, "sha256": digest} for p, (size, digest) in zip(paths, digests, strict=True)}
+    body = {"format": FORMAT, **Manifest(step, meta, metrics, leaves, files)._asdict()}
+    with open(target / FILE, "wb") as file:
+        file.write(_sealed(json.dumps(body, indent=1).encode()[: -len("\n}")]))
+        file.flush()
+        os.fsync(file.fileno())
+    for path in [target, *(p for p in target.rglob("*") if p.is_dir())]:
+        _sync_folder(path)
+
+
+def commit(target: Path, final: Path) -> None:
+    """Rename `target` to `final`: the one instant at which a step becomes whole, or stops being so."""
+    os.rename(target, final)
+    _sync_folder(final.parent)
+
+
+def read(folder: Path, step: int) -> Manifest:
+    """The manifest of a step. Raises DamagedError where it is missing, altered, of another step or of an unknown format."""
+    target = step_folder(folder, step)
+    try:
+        text = (target / FILE).read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{FILE}: cannot be read ({error.strerror})") from error
+    head = text[:-SEAL_BYTES]
+    if _sealed(head) != text:
+        raise DamagedError(f"{FILE}: its own sha256 does not match its content")
+    body = json.loads(text)
+    if body["format"] != FORMAT:
+        raise DamagedError(f"{FILE}: format {body['format']}, but this version of jaxvl reads format {FORMAT}")
+    if body["step"] != step:
+        raise DamagedError(f"{FILE}: it belongs to step {body['step']}; was the folder renamed?")
+    return Manifest(**{field: body[field] for field in Manifest._fields})
+
+
+def examine(folder: Path, step: int, share: tuple[int, int] = (0, 1)) -> tuple[Manifest | None, list[str]]:
+    """(manifest, what is wrong with the step: "FILE: reason" each), by reading and hashing every byte of its files.
+
+    share: (i, n) reads only files i, i + n, ... of the manifest, so that n processes verify a step together.
+    """
+    try:
+        manifest = read(folder, step)
+    except DamagedError as error:
+        return None, [str(error)]
+    target, (first, stride) = step_folder(folder, step), share
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(lambda item: _fault(target, *item), list(manifest.files.items())[first::stride])
+    return manifest, [fault for fault in found if fault]
+
+
+def delete(folder: Path, step: int) -> None:
+    """Delete a step so that it never looks whole when only half of it is left."""
+    tombstone = step_folder(folder, step, ".deleting")
+    commit(step_folder(folder, step), tombstone)
+    shutil.rmtree(tombstone)
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename a step so that no run resumes from it. Its files stay for a person to judge."""
+    taken = {p.name for p in folder.iterdir()}
+    aside = next(p for i in range(len(taken) + 1) if (p := step_folder(folder, step, f".aside{i or ''}")).name not in taken)
+    log.warning("checkpoint step %d was there before this run reached it (damaged, or of another branch); moved to %s, delete it once unneeded", step, aside)
+    commit(step_folder(folder, step), aside)
+
+
+def clean(folder: Path) -> None:
+    """Remove what saves and deletions that were cut short have left; the caller holds the folder's lock."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"\d{8,}\.(saving|deleting)", path.name):
+            log.info("removing %s, left by a run that was killed", path)
+            shutil.rmtree(path)
+
+
+def lock(folder: Path) -> IO[str]:
+    """Take the folder for this process until the returned file is closed or the process ends, even by SIGKILL.
+
+    Raises LockedError while another process holds it. The lock is flock's, which Linux carries over NFS to other hosts too.
+    """
+    file = open(folder / "LOCK", "a+")  # noqa: SIM115, the open file is the lock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise LockedError(f"{folder} is being written by {owner}; stop that run or choose another --workdir") from None
+    except OSError as error:
+        log.warning("%s: this file system has no locks (%s), so a second run writing here cannot be noticed", folder, error.strerror)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    return file
+
+
+def _sealed(head: bytes) -> bytes:
+    """`head`, an unclosed JSON object, closed by its own sha256: one flipped bit anywhere breaks the equality."""
+    return head + SEAL.format(hashlib.sha256(head).hexdigest()).encode()
+
+
+def _digest(path: Path, sync: bool = False) -> tuple[int, str]:
+    with open(path, "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fault(target: Path, name: str, wanted: dict[str, Any]) -> str | None:
+    try:
+        size, digest = _digest(target / name)
+    except OSError as error:
+        return f"{name}: cannot be read ({error.strerror})"
+    if size != wanted["bytes"]:
+        return f"{name}: {size} bytes, saved with {wanted['bytes']}"
+    if digest != wanted["sha256"]:
+        return f"{name}: sha256 {digest[:12]}..., saved with {wanted['sha256'][:12]}..."
+    return None
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,134 @@
+"""Reading checkpoints: only what verifies is loaded, each leaf straight into the sharding that is asked for.
+
+Nothing here writes, so it is safe beside a run that is going on.
+"""
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from jaxvl import manifest
+from jaxvl.manifest import DamagedError, Manifest, whole_steps
+from jaxvl.mesh import path_str
+
+log = logging.getLogger(__name__)
+# Orbax narrates every save through absl; what matters of it reaches the user through the errors of these modules.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+class Restored(NamedTuple):
+    """step, the arrays in the shape of the abstract tree that was asked for, and the meta that was saved with them."""
+
+    step: int
+    state: Any
+    meta: dict[str, Any]
+
+
+def verified(folder: Path, step: int | None = None) -> Manifest | None:
+    """The manifest of `step`, or else of the newest undamaged step; None where nothing was ever saved.
+
+    Every byte of the step is read and hashed, the processes of a run sharing the files. A damaged step is logged by file and
+    passed over. Raises DamagedError where `step` itself or every step is damaged, FileNotFoundError where `step` is not there.
+    """
+    folder = Path(folder).absolute()
+    steps = _steps_of_first_process(folder)
+    if step is not None and step not in steps:
+        raise FileNotFoundError(f"{folder} has no checkpoint of step {step}; it has {steps or 'none'}")
+    refused = ""
+    for candidate in steps if step is None else [step]:
+        found, faults = manifest.examine(folder, candidate, (jax.process_index(), jax.process_count()))
+        if not _any_process(bool(faults)):
+            return found
+        more = f" (and {len(faults) - 1} more files)" if len(faults) > 1 else ""
+        what = f"{faults[0]}{more}" if faults else "found damaged by another process"
+        refused = f"{folder}: checkpoint step {candidate} is damaged, {what}"
+        if step is None:
+            log.warning("%s; it is not used", refused)
+    if refused:
+        raise DamagedError(refused if step is not None else f"{folder}: all {len(steps)} checkpoints are damaged; the last: {refused}")
+    return None
+
+
+def restore(folder: Path, abstract: Any, step: int | None = None) -> Restored | None:
+    """The state of `step`, or else of the newest undamaged step; None where nothing was ever saved.
+
+    abstract: pytree of ShapeDtypeStruct; each leaf is read straight into its sharding, whatever mesh it was saved from, and
+    into a numpy array where it has none. Raises what `verified` raises, and ValueError listing every leaf that differs.
+    """
+    return _restore(folder, abstract, step, "")
+
+
+def restore_params(folder: Path, abstract_params: Any, *, ema: bool = False, step: int | None = None) -> Restored:
+    """`restore` of the parameters alone, or of their moving average; reads nothing else of the state."""
+    found = _restore(folder, abstract_params, step, "ema/" if ema else "params/")
+    if found is None:
+        raise FileNotFoundError(f"{folder} has no checkpoint")
+    return found
+
+
+def _restore(folder: Path, abstract: Any, step: int | None, prefix: str) -> Restored | None:
+    found = verified(folder, step)
+    if found is None:
+        return None
+    wanted = leaves_by_path(abstract, prefix)
+    saved = {k: v for k, v in found.leaves.items() if k.startswith(prefix)}
+    if not saved and wanted:
+        raise ValueError(f"{folder}: checkpoint step {found.step} has no {prefix}...; was the run's moving average off (config.optim.ema_decay=0)?")
+    _same_leaves(saved, {k: array_type(v) for k, v in wanted.items()}, f"{folder}: checkpoint step {found.step}")
+    solid = {k: v for k, v in wanted.items() if v.size}
+    how = {k: ocp.RestoreArgs(restore_type=np.ndarray) if v.sharding is None else ocp.ArrayRestoreArgs(sharding=v.sharding) for k, v in solid.items()}
+    args = ocp.args.PyTreeRestore(item=solid, restore_args=how, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        arrays = orbax.restore(manifest.step_folder(Path(folder).absolute(), found.step) / "state", args=args)
+    for k, v in wanted.items():
+        if not v.size:  # Orbax takes no arrays without elements
+            arrays[k] = np.zeros(v.shape, v.dtype) if v.sharding is None else jax.device_put(np.zeros(v.shape, v.dtype), v.sharding)
+    return Restored(found.step, jax.tree.unflatten(jax.tree.structure(abstract), [arrays[k] for k in wanted]), found.meta)
+
+
+def leaves_by_path(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves by path, in the order of the tree."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    leaves = {prefix + path_str(path): leaf for path, leaf in paths}
+    if len(leaves) != len(paths):
+        raise ValueError("two leaves of the state have the same path; a dict key may not contain '/'")
+    return leaves
+
+
+def array_type(leaf: Any) -> str:
+    """"float32[12,768]" of an array or a ShapeDtypeStruct."""
+    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+
+def _same_leaves(saved: dict[str, str], wanted: dict[str, str], where: str) -> None:
+    lines = [
+        f"{path}: saved {saved.get(path, 'nothing')}, wanted {wanted.get(path, 'nothing')}"
+        for path in sorted(saved.keys() | wanted.keys())
+        if saved.get(path) != wanted.get(path)
+    ]
+    if lines:
+        raise ValueError(f"{where} does not fit this config in {len(lines)} leaves:\n  " + "\n  ".join(lines))
+
+
+def _any_process(mine: bool) -> bool:
+    """Whether it is true of any process; also a barrier."""
+    return mine if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.bool_(mine))))
+
+
+def agree(error: Exception | None) -> None:
+    """Raise on every process where one has failed, so that none is left waiting for it."""
+    if _any_process(error is not None):
+        raise error or OSError("another process of this run failed in its checkpoint; its own message says why")
+
+
+def _steps_of_first_process(folder: Path) -> list[int]:
+    """Process 0's list on every process: network file systems show a rename to other hosts a little later."""
+    steps = np.asarray(whole_steps(folder), np.int32)
+    if jax.process_count() == 1:
+        return steps.tolist()
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    return multihost_utils.broadcast_one_to_all(np.resize(steps, count)).tolist()

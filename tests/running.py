@@ -1,0 +1,108 @@
+"""Runs of `jaxvl train` as a user starts them, for the tests that kill, stop, starve and compare them."""
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxvl import manifest
+from jaxvl.report.metrics import METRICS, read_metrics
+from jaxvl.restore import restore
+
+STEPS = 48
+CONFIG = Path(__file__).with_name("tiny_config.py")
+CLOCKED = ("time/", "samples_per_s", "mfu")  # what a clock measures is never the same twice
+
+
+def start(workdir: Path, *overrides: str, **env: str) -> subprocess.Popen:
+    """The command of the README, its output in `workdir`.out."""
+    command = [sys.executable, "-m", "jaxvl.cli", "train", f"--config={CONFIG}", f"--workdir={workdir}", *(f"--config.{o}" for o in overrides)]
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    with open(f"{workdir}.out", "a") as out:
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **devices, **env})
+
+
+def start_many(workdir: Path, processes: int, *overrides: str) -> list[subprocess.Popen]:
+    """One run of several processes with one device each, on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    return [start(workdir, *overrides, **env, JAX_PROCESS_ID=str(i)) for i in range(processes)]
+
+
+def finish(process: subprocess.Popen, workdir: Path, status: int = 0) -> None:
+    """Wait for the process; its whole output is shown where it ends in any other way than `status`."""
+    assert process.wait(timeout=180) == status, Path(f"{workdir}.out").read_text()
+
+
+def said(workdir: Path) -> str:
+    """What the runs in `workdir` have printed."""
+    return Path(f"{workdir}.out").read_text()
+
+
+class Progress:
+    """The last step logged by the process that `start` started after this was made; -1 before it has logged one."""
+
+    def __init__(self, workdir: Path) -> None:
+        self._path = workdir / METRICS
+        self._before = self._identity()
+
+    def step(self) -> int:
+        if self._identity() == self._before:
+            return -1
+        rows = [row for row in read_metrics(self._path.parent) if "loss" in row]
+        return int(rows[-1]["step"]) if rows else 0
+
+    def wait(self, process: subprocess.Popen, step: int) -> None:
+        while self.step() < step and process.poll() is None:
+            time.sleep(0.002)
+
+    def _identity(self) -> Any:
+        return self._path.stat().st_ino if self._path.exists() else None
+
+
+def metrics(workdir: Path) -> list[dict[str, Any]]:
+    """Everything a run logged that does not come from a clock, in the order it was logged."""
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in read_metrics(workdir)]
+
+
+def leaves(workdir: Path, step: int = STEPS) -> dict[str, bytes]:
+    """The bits of every leaf of a checkpoint."""
+    folder = workdir / "checkpoints"
+    types = manifest.read(folder, step).leaves
+    shape = lambda text: tuple(int(n) for n in text.rstrip("]").split("[")[1].split(",") if n)
+    found = restore(folder, {k: jax.ShapeDtypeStruct(shape(t), np.dtype(t.split("[")[0])) for k, t in types.items()}, step)
+    return {k: v.tobytes() for k, v in found.state.items()}
+
+
+def same_run(workdir: Path, reference: Path) -> None:
+    """Every logged number of every step, and every bit of the final state."""
+    ours, theirs = metrics(workdir), metrics(reference)
+    assert [row["step"] for row in ours if "loss" in row] == list(range(1, STEPS + 1))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == other
+    final, wanted = leaves(workdir), leaves(reference)
+    assert final.keys() == wanted.keys()
+    assert [k for k in wanted if final[k] != wanted[k]] == []
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing disturbed; made once, also where several test processes share the work."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if os.environ.get("PYTEST_XDIST_WORKER") else shared
+    workdir = shared / "reference"
+    with open(shared / "reference.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (workdir / "done").exists():
+            finish(start(workdir), workdir)
+            (workdir / "done").touch()
+    return workdir

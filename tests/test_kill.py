@@ -1,0 +1,37 @@
+"""SIGKILL at random moments, a good part of them while a checkpoint is written: the run that is left is the run that was not killed.
+
+    JAXVL_KILLS=20 JAXVL_KILL_SEED=1 pytest tests/test_kill.py     the acceptance test; 5 kills by default
+"""
+import os
+import random
+import time
+
+from running import STEPS, Progress, finish, reference, same_run, start  # noqa: F401, reference is a fixture
+
+KILLS = int(os.environ.get("JAXVL_KILLS", "5"))
+SEED = int(os.environ.get("JAXVL_KILL_SEED", "0"))
+
+
+def test_kill(tmp_path, reference):  # noqa: F811
+    workdir, rng, moments = tmp_path / "run", random.Random(SEED), []
+    half_saved = lambda: {(p.name, p.stat().st_ctime_ns) for p in (workdir / "checkpoints").glob("*.saving")}
+    for kill in range(KILLS):
+        before, progress, process = half_saved(), Progress(workdir), start(workdir)
+        if kill % 5 == 4:  # anywhere from the first import on
+            time.sleep(rng.uniform(0, 6))
+        else:
+            progress.wait(process, int(0.85 * STEPS * (kill + rng.random()) / KILLS))
+            if kill % 2 == 0:
+                while half_saved() <= before and process.poll() is None:
+                    time.sleep(0.0005)
+                time.sleep(rng.uniform(0, 0.03))
+            else:
+                time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+        moments.append((progress.step(), *(name for name, _ in half_saved() - before)))
+    in_save = sum(len(moment) > 1 for moment in moments)
+    print(f"killed {KILLS} times, {in_save} of them in a save; last step logged and step being saved: {moments}")
+    assert in_save >= KILLS // 4
+    finish(start(workdir), workdir)
+    same_run(workdir, reference)
