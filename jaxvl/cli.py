@@ -1,0 +1,113 @@
+"""The `jaxvl` command. Heavy imports wait for the subcommand that needs them, so that --help answers at once."""
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DESCRIPTION = "Vision-language pre-training in JAX: train, evaluate, prepare data, measure."
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `jaxvl`."""
+    top = argparse.ArgumentParser(prog="jaxvl", description=DESCRIPTION)
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    train = verbs.add_parser("train", help="train, or continue, the run of a config", description="Any --config.KEY=VALUE overrides the config.")
+    train.add_argument("--config", required=True, help="configs/x.py, or configs/x.py:argument")
+    train.add_argument("--workdir", required=True, type=Path, help="where the run lives; an existing run continues")
+    train.add_argument("--tiny", action="store_true", help="the same recipe shrunk to two steps of a small model on the embedded set")
+
+    evaluate = verbs.add_parser("eval", help="evaluate a run's checkpoint", description="Any --config.evals.KEY=VALUE overrides the run's config.")
+    evaluate.add_argument("--workdir", required=True, type=Path, help="of the run")
+    evaluate.add_argument("--step", type=int, help="which checkpoint (default: the newest whole one)")
+    evaluate.add_argument("--ema", action="store_true", help="evaluate the averaged parameters")
+
+    report = verbs.add_parser("report", help="write a run's report.html anew")
+    report.add_argument("workdir", type=Path)
+
+    data = verbs.add_parser("data", help="index, check, describe or make shards").add_subparsers(dest="action", required=True, metavar="ACTION")
+    index = data.add_parser("index", help="index shards ahead of a run")
+    check = data.add_parser("check", help="decode every sample; a table of reasons per shard")
+    stats = data.add_parser("stats", help="counts, caption lengths, image sizes, duplicates")
+    for verb in (index, check, stats):
+        verb.add_argument("paths", nargs="+", help="paths, globs, brace ranges, URLs, glyphs://PART")
+        verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    check.add_argument("--record", action="store_true", help="write what cannot be decoded into the index: later runs leave it out")
+    make = data.add_parser("make", help="write shards: the embedded glyphs, or a folder of images with captions")
+    make.add_argument("what", help="glyphs, or a folder of NAME.jpg|png|webp with NAME.txt")
+    make.add_argument("--out", required=True, type=Path)
+    make.add_argument("--part", default="train", help="glyphs: train, val or val-seen")
+    make.add_argument("--size", type=int, help="glyphs: number of images")
+    make.add_argument("--per-shard", type=int, default=1000)
+
+    bench = verbs.add_parser("bench", help="measure the input pipeline, the step or the loss; prints JSON")
+    bench.add_argument("what", choices=("input", "step", "loss"))
+    bench.add_argument("--config", help="step: the config to measure (default: a small built-in one)")
+    bench.add_argument("--rounds", type=int, default=3, help="alternated rounds; medians are reported")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status. Errors a person can mend are one message without a traceback (exit 2)."""
+    known, rest = parser().parse_known_args(argv)
+    overrides = [r.removeprefix("--config.") for r in rest if r.startswith("--config.") and "=" in r]
+    if strange := [r for r in rest if not (r.startswith("--config.") and "=" in r)]:
+        parser().error(f"unrecognized arguments: {' '.join(strange)} (overrides are written --config.KEY=VALUE)")
+    if overrides and known.verb not in ("train", "eval", "bench"):
+        parser().error(f"{known.verb} takes no --config overrides")
+    try:
+        return RUN[known.verb](known, overrides)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        if os.environ.get("JAXVL_TRACEBACK"):
+            raise
+        print(f"jaxvl {known.verb}: {error}\n(JAXVL_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> int:
+    from jaxvl import config, train
+
+    recipe = config.load(args.config, overrides)
+    if args.tiny:
+        from jaxvl.tiny import shrink
+
+        recipe = shrink(recipe)
+    return train.train(recipe, args.workdir)
+
+
+def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
+    from jaxvl import train
+
+    return train.evaluate(args.workdir, overrides, step=args.step, ema=args.ema)
+
+
+def _report(args: argparse.Namespace, _: list[str]) -> int:
+    from jaxvl import report
+
+    print(report.write_report(args.workdir))
+    return 0
+
+
+def _data(args: argparse.Namespace, _: list[str]) -> int:
+    from jaxvl.data import tools
+
+    if args.action == "make":
+        return tools.make(args.what, args.out, part=args.part, size=args.size, per_shard=args.per_shard)
+    if args.action == "check":
+        return tools.check(args.paths, json=args.json, record=args.record)
+    return {"index": tools.index, "stats": tools.stats}[args.action](args.paths, json=args.json)
+
+
+def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
+    import importlib
+
+    return importlib.import_module(f"jaxvl.bench.{args.what}").main(args.config, overrides, rounds=args.rounds)
+
+
+RUN = {"train": _train, "eval": _eval, "report": _report, "data": _data, "bench": _bench}
+
+if __name__ == "__main__":
+    sys.exit(main())

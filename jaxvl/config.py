@@ -1,0 +1,216 @@
+"""Configs: Python files with `get_config()`, completed with every default, overridden from the command line, read strictly.
+
+A section of a config is the field-by-field content of one options tuple, so the tuple's fields are the legal keys.
+A key that no tuple has is an error with a suggestion: an option that nothing reads cannot exist.
+"""
+import difflib
+import json
+import runpy
+import sys
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from jaxvl.checkpoint import CheckpointOptions
+from jaxvl.data.augment import AugmentOptions
+from jaxvl.data.dataset import DataOptions
+from jaxvl.data.text import TokenizerOptions
+from jaxvl.evals import EVALS
+from jaxvl.mesh import MeshOptions
+from jaxvl.methods import METHODS
+from jaxvl.models.text import TextOptions
+from jaxvl.models.vit import VitOptions
+from jaxvl.optim import OptimOptions
+from jaxvl.report import LogOptions
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names the key, the value and what would be right."""
+
+
+class TrainOptions(NamedTuple):
+    """How long and how wide. `steps` optimiser steps of `batch_size` global samples, each cut in `accumulate` microbatches.
+
+    Where `steps` is 0, `epochs` passes over the training samples are made instead.
+    """
+
+    batch_size: int = 1024
+    steps: int = 0
+    epochs: float = 0.0
+    accumulate: int = 1
+
+
+class Recipe(NamedTuple):
+    """A whole experiment: what `jaxvl train` needs, each section typed."""
+
+    seed: int
+    method: Any
+    image: VitOptions
+    text: TextOptions
+    tokenizer: TokenizerOptions
+    data: DataOptions
+    augment: AugmentOptions
+    optim: OptimOptions
+    train: TrainOptions
+    mesh: MeshOptions
+    checkpoint: CheckpointOptions
+    log: LogOptions
+    evals: dict[str, Any]
+
+
+SECTIONS = {name: kind for name, kind in Recipe.__annotations__.items() if hasattr(kind, "_fields")}
+
+
+def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
+    """The config of `path` ("configs/x.py", "configs/x.py:arg" or the config.json of a run) with all defaults filled in and `overrides` applied.
+
+    overrides: "key.sub=value" strings, parsed to the type of the value they replace.
+    Raises ConfigError for a missing file, an unknown key or a value of the wrong type.
+    """
+    file, _, arg = path.partition(":")
+    if not Path(file).is_file():
+        raise ConfigError(f"--config={path}: no file {file!r}; configs are Python files with get_config()")
+    if file.endswith(".json"):
+        config = complete(ConfigDict(json.loads(Path(file).read_text())))
+    else:
+        sys.path.insert(0, str(Path(file).resolve().parent))  # a config may import the one it varies
+        try:
+            namespace = runpy.run_path(file)
+        finally:
+            sys.path.pop(0)
+        if "get_config" not in namespace:
+            raise ConfigError(f"--config={path}: {file!r} defines no get_config()")
+        config = complete(namespace["get_config"](arg) if arg else namespace["get_config"]())
+    values = flags.FlagValues()
+    argv = ["jaxvl", *(f"--config.{item}" for item in overrides)]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(_explain(config, argv[1:], error)) from None
+    return config
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+    """`config` with every key of every section present, so that a run's saved config tells all of it."""
+    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    _known(plain, Recipe._fields, "")
+    out: dict[str, Any] = {"seed": plain.get("seed", 0)}
+    for name in Recipe._fields[1:]:
+        section = plain.get(name, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"config.{name} is {section!r}; it must be a section of keys and values")
+        if name == "evals":
+            out[name] = {k: _filled(v, _choice(v, EVALS, f"evals.{k}", "kind"), f"evals.{k}", "kind") for k, v in section.items()}
+        elif name == "method":
+            out[name] = _filled(section, _choice(section, METHODS, name, "name"), name, "name")
+        else:
+            out[name] = _filled(section, SECTIONS[name], name)
+    return ConfigDict(out, convert_dict=True)
+
+
+def read(config: ConfigDict) -> Recipe:
+    """The typed recipe of a config. Raises ConfigError naming the first key that is unknown or has a wrong type."""
+    plain = complete(config).to_dict()
+    sections = {name: _typed(kind, plain[name], name) for name, kind in SECTIONS.items()}
+    method = _typed(_choice(plain["method"], METHODS, "method", "name"), plain["method"], "method")
+    evals = {k: _typed(_choice(v, EVALS, f"evals.{k}", "kind"), v, f"evals.{k}") for k, v in plain["evals"].items()}
+    recipe = Recipe(seed=_cast(plain["seed"], int, "seed"), method=method, evals=evals, **sections)
+    train = recipe.train
+    if train.batch_size < 1:
+        raise ConfigError(f"config.train.batch_size is {train.batch_size}; it must be at least 1")
+    if train.accumulate < 1 or train.batch_size % train.accumulate:
+        raise ConfigError(f"config.train.accumulate is {train.accumulate}; it must divide train.batch_size {train.batch_size}")
+    if (train.steps > 0) == (train.epochs > 0):
+        raise ConfigError(f"config.train: set either steps or epochs above 0 (steps is {train.steps}, epochs is {train.epochs})")
+    return recipe
+
+
+def _choice(section: dict, options: dict[str, Any], where: str, key: str) -> type:
+    if key not in section:
+        raise ConfigError(f"config.{where}.{key} is missing; it must be one of {', '.join(options)}")
+    if section[key] not in options:
+        raise ConfigError(f"config.{where}.{key} is {section[key]!r}; it must be one of {', '.join(options)}{_near(section[key], options)}")
+    return options[section[key]].options()
+
+
+def _filled(section: dict, kind: Any, where: str, *extra: str) -> dict:
+    _known(section, (*extra, *kind._fields), where + ".")
+    missing = [f for f in kind._fields if f not in section and f not in kind._field_defaults]
+    if missing:
+        raise ConfigError(f"config.{where} lacks {', '.join(missing)}")
+    filled = {k: section[k] for k in extra} | {f: section.get(f, kind._field_defaults.get(f)) for f in kind._fields if f not in extra}
+    return {k: v._asdict() if hasattr(v, "_asdict") else v for k, v in filled.items()}
+
+
+def _known(section: dict, fields: Iterable[str], where: str) -> None:
+    fields = tuple(fields)
+    for key in section:
+        if key not in fields:
+            raise ConfigError(f"config.{where}{key} is a key that nothing reads{_near(key, fields)}; legal keys: {', '.join(fields)}")
+
+
+def _typed(kind: Any, section: dict, where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    return kind(**{k: _cast(section[k], hints[k], f"{where}.{k}") for k in kind._fields})
+
+
+def _cast(value: Any, hint: Any, where: str) -> Any:
+    """`value` as `hint`: ints serve as floats, lists as tuples; anything else of another type is an error."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if hasattr(hint, "_fields"):
+        section = value if isinstance(value, dict) else dict(zip(hint._fields, value, strict=False))
+        _known(section, hint._fields, where + ".")
+        return _typed(hint, {**hint._field_defaults, **section}, where)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        for arg in (a for a in args if a is not type(None)):
+            try:
+                return _cast(value, arg, where)
+            except ConfigError:
+                continue
+        raise ConfigError(f"config.{where} is {value!r}; it must be {hint}")
+    if origin is typing.Literal:
+        if value not in args:
+            raise ConfigError(f"config.{where} is {value!r}; it must be one of {', '.join(map(repr, args))}{_near(value, args)}")
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(inner) != len(value):
+            raise ConfigError(f"config.{where} is {value!r}; it must have {len(inner)} entries")
+        return tuple(_cast(v, a, where) for v, a in zip(value, inner, strict=True))
+    plain = origin or hint
+    if plain is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if plain is tuple and isinstance(value, list):
+        return tuple(value)
+    if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
+        raise ConfigError(f"config.{where} is {value!r}, a {type(value).__name__}; it must be {getattr(hint, '__name__', hint)}")
+    return value
+
+
+def _near(word: Any, words: Iterable[Any]) -> str:
+    near = difflib.get_close_matches(str(word), [str(w) for w in words], 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _explain(config: ConfigDict, overrides: list[str], error: Exception) -> str:
+    """Which override is at fault: the first whose key is not in the config, else the flag parser's own words."""
+    for item in overrides:
+        key = item.removeprefix("--config.").partition("=")[0]
+        node: Any = config
+        for depth, part in enumerate(key.split(".")):
+            if not isinstance(node, ConfigDict) or part not in node:
+                known = list(node) if isinstance(node, ConfigDict) else []
+                where = ".".join(["config", *key.split(".")[:depth]])
+                return f"{item}: {where} has no key {part!r}{_near(part, known)}; legal keys: {', '.join(known)}"
+            node = node[part]
+    return str(error).replace("flag --", "")

@@ -1,0 +1,69 @@
+"""The train step: one pure function of (state, batch)."""
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxvl.accumulate import value_and_grad
+from jaxvl.data.augment import AugmentOptions, preprocess
+from jaxvl.methods.method import Method
+from jaxvl.optim import OptimOptions, Schedule, frozen
+from jaxvl.state import TrainState, advance
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    method: Method,
+    tx: optax.GradientTransformation,
+    augment: AugmentOptions,
+    optim: OptimOptions,
+    schedule: Schedule,
+    *,
+    accumulate: int = 1,
+    grad_shardings: Any = None,
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """A pure (state, batch) -> (state, metrics), to be jitted once with the state donated.
+
+    batch: {"image": uint8 [B, S, S, 3], "tokens": int32 [B, L], ...}; metrics: scalars, those of `aux` among them.
+    grad_shardings: the params' shardings; without the pin XLA may keep whole gradients on every device.
+    A step whose loss or gradient norm is not finite changes nothing but `step`, `position` and the `skipped` count.
+    """
+    grad_fn = value_and_grad(method, accumulate)
+
+    def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        key_pixels, key_model = jax.random.split(key)
+        batch = {**batch, "image": preprocess(batch["image"], key_pixels, augment)}
+
+        hold = frozen(optim, state.params)
+        moving = lambda params: jax.tree.map(lambda p, h: jax.lax.stop_gradient(p) if h else p, params, hold)
+        (loss, aux), grads = grad_fn(moving(state.params), state.memory, batch, key_model)
+        if grad_shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, grad_shardings)
+        grads = jax.tree.map(lambda g, h: jnp.zeros_like(g) if h else g, grads, hold)
+
+        norm = optax.global_norm(grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = jax.tree.map(lambda e, p: optax.incremental_update(p, e, 1 - optim.ema_decay), state.ema, params) if optim.ema_decay else ()
+        memory = method.update(state.memory, params, aux)
+
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        after = state._replace(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            ema=keep(ema, state.ema),
+            opt_state=keep(opt_state, state.opt_state),
+            memory=keep(memory, state.memory),
+            position=advance(state.position, batch["tokens"].shape[0]),
+            skipped=state.skipped + (~finite).astype(jnp.int32),
+        )
+        scalars = {k: v for k, v in aux.items() if getattr(v, "ndim", None) == 0}
+        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": schedule(state.step), "skipped": after.skipped, **scalars}
+        return after, metrics
+
+    return train_step

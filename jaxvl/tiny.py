@@ -1,0 +1,25 @@
+"""A recipe shrunk until it runs in seconds on a laptop: the same code paths, small sizes, the embedded set."""
+from ml_collections import ConfigDict
+
+TOWER = dict(variant="", width=32, depth=2, heads=2, mlp_dim=64)
+
+
+def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDict:
+    """A copy of a complete config (config.load) with two-layer towers, 32-pixel images, and `steps` steps on glyphs.
+
+    Method, switches, mesh axes in use, precision and evaluations stay; parallel axes above 1 become 2. Batches divide over `devices`.
+    """
+    small = config.copy_and_resolve_references()
+    small.image.update(**TOWER, patch=8)
+    small.text.update(**TOWER, vocab_size=0)
+    small.tokenizer.update(name="bpe", vocab_size=512, context_length=16)
+    small.data.update(source="glyphs://train?size=256", weights=(), image_size=32, group_shards=2, chunk=8, threads=1, workers=0)
+    small.method.width = 16
+    small.optim.update(warmup_steps=min(config.optim.warmup_steps, 1), cooldown_steps=min(config.optim.cooldown_steps, 1))
+    small.train.update(batch_size=2 * devices * config.train.accumulate, steps=steps, epochs=0.0)
+    small.mesh.update(data=-1, fsdp=min(config.mesh.fsdp, 2), tensor=min(config.mesh.tensor, 2))
+    small.checkpoint.update(every=1)
+    small.log.update(every=1, tensorboard=False, wandb="")
+    for section in small.evals.values():
+        section.update(source="glyphs://val-seen?size=40", every=0)
+    return small

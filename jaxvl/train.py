@@ -1,0 +1,230 @@
+"""The run, read top to bottom: mesh, data, method, optimiser, shardings, restore, step, loop.
+
+The order inside the loop is what makes a resumed run equal to one that was never stopped: step, then evaluate, then save.
+An evaluation comes before the save of the same step, so that a run resumed there has its numbers and does not repeat it.
+"""
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from ml_collections import ConfigDict
+
+from jaxvl import checkpoint, config as configs, evals, report
+from jaxvl.data.dataset import Dataset, captions, open_data
+from jaxvl.data.stream import train_batches
+from jaxvl.data.text import Tokenizer, load_tokenizer, train_tokenizer
+from jaxvl.mesh import BATCH, make_mesh, place, process_rows, shardings, start_processes
+from jaxvl.methods import METHODS
+from jaxvl.methods.method import Method
+from jaxvl.optim import learning_rate, make_optimizer
+from jaxvl.progress import say
+from jaxvl.state import STATE_RULES, TrainState, create, samples_seen
+from jaxvl.step import make_train_step
+
+# What may differ between two starts of one run; a change of anything else is pointed out.
+MAY_CHANGE = ("mesh.", "checkpoint.", "log.", "evals.", "train.steps", "train.epochs", "data.workers", "data.threads")
+TERMINATED = 143  # exit status of a run that SIGTERM stopped: saved, not finished
+
+
+class Parts(NamedTuple):
+    """What training and evaluating a run share. spec: shapes and dtypes of a global batch as the method sees it."""
+
+    recipe: configs.Recipe
+    tokenizer: Tokenizer
+    method: Method
+    spec: dict[str, jax.ShapeDtypeStruct]
+
+
+class Program(NamedTuple):
+    """What is compiled: init: key -> state. step: (state, batch) -> (state, metrics). state, batch: shapes with shardings.
+
+    out_shardings: of the state and of the metrics; pinned, since the state of one step is the input of the next.
+    """
+
+    init: Callable[[jax.Array], TrainState]
+    step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+    out_shardings: tuple[TrainState, NamedSharding]
+
+
+def train(config: ConfigDict, workdir: Path) -> int:
+    """Train the run in `workdir` from its newest whole checkpoint, or from the start, to its last step.
+
+    Returns 0, or TERMINATED where SIGTERM stopped it. Raises ValueError for what is wrong in the config, before any compile.
+    """
+    recipe = configs.read(config)
+    start_processes()
+    mesh = make_mesh(recipe.mesh)
+    with jax.set_mesh(mesh), report.open_log(recipe.log, workdir, jax.process_index()) as log:
+        _keep_config(config, workdir)
+        log.describe(config=config.to_json_best_effort(indent=2), mesh=", ".join(f"{k} {v}" for k, v in mesh.shape.items()), devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}")
+        dataset = open_data(recipe.data)
+        parts = build(recipe, workdir, dataset)
+        batch_size = recipe.train.batch_size
+        steps = recipe.train.steps or math.ceil(recipe.train.epochs * len(dataset) / batch_size)
+
+        plan = program(parts, mesh, steps)
+        with log.pause("compile"):
+            train_step = jax.jit(plan.step, donate_argnums=0, out_shardings=plan.out_shardings).lower(plan.state, plan.batch).compile()
+
+        with checkpoint.open_saver(workdir / "checkpoints", recipe.checkpoint) as saver, _terminated() as stop:
+            restored = saver.restore(plan.state)
+            state = restored.state if restored else jax.jit(plan.init, out_shardings=plan.out_shardings[0])(jax.random.key(recipe.seed))
+            step = restored.step if restored else 0
+            say(f"{'continuing at' if restored else 'starting at'} step {step} of {steps}, {sum(p.size for p in jax.tree.leaves(state.params)):,} parameters")
+            log.start(step=step, steps=steps, batch_size=batch_size, samples_per_epoch=len(dataset),
+                      flops_per_sample=3 * parts.method.flops(parts.spec), chips=jax.device_count(), device_kind=jax.devices()[0].device_kind)  # fmt: skip
+            log.bad(dataset.bad)
+            batches = train_batches(dataset, parts.tokenizer, seed=recipe.seed, start=samples_seen(state.position),
+                                    batch_size=batch_size, rows=process_rows(mesh, batch_size))  # fmt: skip
+
+            def save(*, block: bool = False) -> None:
+                meta = {"config": config.to_json_best_effort(), "position": {"seed": recipe.seed, "samples": step * batch_size}}
+                with log.pause("checkpoint"):
+                    saver.save(step, state, meta, values, block=block)
+
+            while step < steps:
+                with log.wait("data"):
+                    batch = next(batches)
+                with log.wait("transfer"):
+                    arrays = place(batch.arrays, mesh)
+                state, metrics = train_step(state, arrays)
+                step += 1
+                log.step(step, metrics, arrays)
+                log.bad(batch.bad)
+                values: dict[str, float] = {}
+                due = {k: e for k, e in recipe.evals.items() if step == steps or (e.every and step % e.every == 0)}
+                if due:
+                    with log.pause("eval"):
+                        values, galleries = evals.run(due, parts.method, state.params, parts.tokenizer, recipe.data, recipe.augment)
+                    log.write(step, values, galleries)
+                if stop(step):
+                    save(block=True)
+                    report.write_report(workdir)
+                    say(f"terminated: step {step} is saved; the same command continues there")
+                    return TERMINATED
+                if step == steps or step % recipe.checkpoint.every == 0:
+                    save(block=step == steps)
+            log.finish()
+    return 0
+
+
+def program(parts: Parts, mesh: Mesh, steps: int) -> Program:
+    """The step of a run of `steps` steps and the shapes and shardings it works on; makes no array."""
+    recipe, method = parts.recipe, parts.method
+    key = jax.random.key(recipe.seed)
+    params_shape, _ = jax.eval_shape(lambda: method.init(key, parts.spec))
+    tx = make_optimizer(recipe.optim, params_shape, steps)
+
+    def init(key: jax.Array) -> TrainState:
+        params, memory = method.init(key, parts.spec)
+        return create(params, memory, tx.init(params), key, ema=recipe.optim.ema_decay > 0)
+
+    shapes = jax.eval_shape(init, key)
+    placed = shardings(shapes, (*STATE_RULES, *method.rules), mesh)
+    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
+    pixels = {"image": jax.ShapeDtypeStruct(parts.spec["image"].shape, jnp.uint8)}
+    batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, BATCH)) for k, v in {**parts.spec, **pixels}.items()}
+    step = make_train_step(method, tx, recipe.augment, recipe.optim, learning_rate(recipe.optim, steps),
+                           accumulate=recipe.train.accumulate, grad_shardings=placed.params)  # fmt: skip
+    return Program(init, step, state, batch, (placed, NamedSharding(mesh, P())))
+
+
+def build(recipe: configs.Recipe, workdir: Path, dataset: Dataset | None) -> Parts:
+    """The parts of the run in `workdir`; its tokenizer is its own where it has one, else trained or loaded, and kept."""
+    return assemble(recipe, _tokenizer(recipe, workdir, dataset))
+
+
+def assemble(recipe: configs.Recipe, tokenizer: Tokenizer) -> Parts:
+    """Method and batch spec of a recipe for a tokenizer. Raises ValueError for towers that cannot be."""
+    text = recipe.text._replace(vocab_size=recipe.text.vocab_size or tokenizer.vocab_size, eos_id=recipe.text.eos_id or tokenizer.eos)
+    if text.vocab_size < tokenizer.vocab_size:
+        raise ValueError(f"config.text.vocab_size is {text.vocab_size}; the tokenizer has {tokenizer.vocab_size} ids")
+    method = METHODS[recipe.method.name].build(recipe.image, text, recipe.method)
+    size, batch = recipe.data.image_size, recipe.train.batch_size
+    spec = {
+        "image": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32),
+        "tokens": jax.ShapeDtypeStruct((batch, tokenizer.context_length), jnp.int32),
+    }
+    return Parts(recipe, tokenizer, method, spec)
+
+
+def evaluate(workdir: Path, overrides: list[str], *, step: int | None = None, ema: bool = False) -> int:
+    """Evaluate a checkpoint of the run in `workdir` with the code the run itself uses; prints the table and writes eval.json."""
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{workdir} is no run: it has no config.json")
+    recipe = configs.read(configs.load(str(file), overrides))
+    start_processes()
+    mesh = make_mesh(recipe.mesh)
+    with jax.set_mesh(mesh):
+        parts = build(recipe, workdir, None)
+        key = jax.random.key(recipe.seed)
+        shapes, _ = jax.eval_shape(lambda: parts.method.init(key, parts.spec))
+        placed = shardings(shapes, parts.method.rules, mesh)
+        shapes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
+        found = checkpoint.restore_params(workdir / "checkpoints", shapes, ema=ema, step=step)
+        values, _ = evals.run(recipe.evals, parts.method, found.state, parts.tokenizer, recipe.data, recipe.augment)
+    if jax.process_index() == 0:
+        (workdir / "eval.json").write_text(json.dumps({"step": found.step, "ema": ema, **values}, indent=2))
+        report.print_values(values)
+    return 0
+
+
+def _tokenizer(recipe: configs.Recipe, workdir: Path, dataset: Dataset | None) -> Tokenizer:
+    folder = workdir / "tokenizer"
+    if not folder.is_dir() and jax.process_index() == 0:
+        if recipe.tokenizer.name != "bpe":
+            made = load_tokenizer(recipe.tokenizer)
+        elif dataset is None:
+            raise ValueError(f"{workdir} has no tokenizer folder, and the run's tokenizer was trained on its captions")
+        else:
+            made = train_tokenizer(captions(dataset, recipe.tokenizer.captions), recipe.tokenizer)
+        partial = workdir / "tokenizer.partial"
+        made.save(partial)
+        partial.rename(folder)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("tokenizer")
+    return load_tokenizer(recipe.tokenizer, folder)
+
+
+def _keep_config(config: ConfigDict, workdir: Path) -> None:
+    """Save the whole config with the run; where the run had another, say what differs and may make it another run."""
+    file = workdir / "config.json"
+    if file.is_file():
+        old, new = (_flat(json.loads(text)) for text in (file.read_text(), config.to_json_best_effort()))
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE):
+                say(f"config.{name} was {old.get(name)!r} when this run began and is {new.get(name)!r} now")
+    if jax.process_index() == 0:
+        file.write_text(config.to_json_best_effort(indent=2))
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    return {k: v for key, sub in tree.items() for k, v in _flat(sub, f"{prefix}{key}.").items()}
+
+
+@contextmanager
+def _terminated() -> Iterator[Any]:
+    """stop(step): whether SIGTERM has come, on all processes at the same step."""
+    seen: list[int] = []
+    if jax.process_count() > 1:
+        # JAX's own service catches the signal of any process and agrees with all others on the step.
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        yield lambda _: bool(seen)
+    finally:
+        signal.signal(signal.SIGTERM, before)
