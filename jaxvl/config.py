@@ -88,8 +88,8 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
         config = complete(namespace["get_config"](arg) if arg else namespace["get_config"]())
     values = flags.FlagValues()
     argv = ["jaxvl", *(f"--config.{item}" for item in overrides)]
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(_explain(config, argv[1:], error)) from None
@@ -144,8 +144,7 @@ def _filled(section: dict, kind: Any, where: str, *extra: str) -> dict:
     missing = [f for f in kind._fields if f not in section and f not in kind._field_defaults]
     if missing:
         raise ConfigError(f"config.{where} lacks {', '.join(missing)}")
-    filled = {k: section[k] for k in extra} | {f: section.get(f, kind._field_defaults.get(f)) for f in kind._fields if f not in extra}
-    return {k: v._asdict() if hasattr(v, "_asdict") else v for k, v in filled.items()}
+    return {k: section[k] for k in extra} | {f: section.get(f, kind._field_defaults.get(f)) for f in kind._fields if f not in extra}
 
 
 def _known(section: dict, fields: Iterable[str], where: str) -> None:
@@ -165,10 +164,6 @@ def _cast(value: Any, hint: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
-    if hasattr(hint, "_fields"):
-        section = value if isinstance(value, dict) else dict(zip(hint._fields, value, strict=False))
-        _known(section, hint._fields, where + ".")
-        return _typed(hint, {**hint._field_defaults, **section}, where)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None

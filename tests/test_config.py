@@ -1,0 +1,102 @@
+"""Configs are read strictly: what is wrong is said by key, value and remedy, before anything is compiled."""
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from jaxvl import config as configs
+from jaxvl.config import ConfigError
+
+QUICK = str(Path(__file__).parent.parent / "configs" / "clip_quickstart.py")
+
+
+def test_a_loaded_config_is_complete_and_survives_json(tmp_path):
+    config = configs.load(QUICK)
+    assert config.optim.b2 == 0.98 and config.mesh.fsdp == 1 and config.evals.val.ks == (1, 5, 10)
+    file = tmp_path / "config.json"
+    file.write_text(config.to_json_best_effort())
+    assert configs.read(configs.load(str(file))) == configs.read(config)
+
+
+def test_overrides_reach_keys_the_file_does_not_name_and_keep_their_types():
+    overrides = ["optim.b1=0.8", "optim.learning_rate=1", "data.crop_scale=(0.5,1.0)", "text.rope_theta=5e5", "seed=3", "train.steps=7"]
+    recipe = configs.read(configs.load(QUICK, overrides))
+    assert (recipe.optim.b1, recipe.optim.learning_rate, recipe.data.crop_scale) == (0.8, 1.0, (0.5, 1.0))
+    assert (recipe.text.rope_theta, recipe.seed, recipe.train.steps) == (5e5, 3, 7)
+    assert isinstance(recipe.optim.learning_rate, float)
+
+
+@pytest.mark.parametrize("override, words", [
+    ("optim.learning_rat=1", "has no key 'learning_rat'; did you mean 'learning_rate'?"),
+    ("optm.learning_rate=1", "has no key 'optm'; did you mean 'optim'?"),
+    ("optim.learning_rate.x=1", "config.optim.learning_rate has no key 'x'"),
+    ("train.steps=many", "config.train.steps"),
+])  # fmt: skip
+def test_wrong_overrides(override, words):
+    with pytest.raises(ConfigError) as error:
+        configs.load(QUICK, [override])
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(optim=dict(lr=1.0)), "config.optim.lr is a key that nothing reads"),
+    (dict(optimizer={}), "config.optimizer is a key that nothing reads; did you mean 'optim'?"),
+    (dict(method=dict(name="clop")), "config.method.name is 'clop'; it must be one of clip, siglip; did you mean 'clip'?"),
+    (dict(method={}), "config.method.name is missing"),
+    (dict(method=dict(name="clip", bias=1.0)), "config.method.bias is a key that nothing reads"),
+    (dict(optim=dict(schedule="cosin")), "config.optim.schedule is 'cosin'; it must be one of 'cosine'"),
+    (dict(optim=dict(b1="high")), "config.optim.b1 is 'high', a str; it must be float"),
+    (dict(train=dict(batch_size=2.5, steps=1)), "config.train.batch_size is 2.5, a float; it must be int"),
+    (dict(train=dict(batch_size=10, accumulate=3, steps=1)), "config.train.accumulate is 3; it must divide train.batch_size 10"),
+    (dict(train=dict(steps=10, epochs=1.0)), "set either steps or epochs"),
+    (dict(train=dict()), "set either steps or epochs"),
+    (dict(data=dict(crop_scale=(0.1, 0.5, 1.0))), "config.data.crop_scale"),
+    (dict(evals=dict(val=dict(kind="retrieval", sourc="x"))), "config.evals.val.sourc is a key that nothing reads; did you mean 'source'?"),
+    (dict(evals=dict(val=dict(source="x"))), "config.evals.val.kind is missing"),
+    (dict(mesh=3), "config.mesh is 3; it must be a section"),
+])  # fmt: skip
+def test_wrong_configs(change, words):
+    plain = {"method": {"name": "clip"}, "train": {"steps": 1}, **change}
+    with pytest.raises(ConfigError) as error:
+        configs.read(ConfigDict(plain))
+    assert words in str(error.value)
+
+
+def test_a_missing_file_and_a_file_without_a_config(tmp_path):
+    with pytest.raises(ConfigError, match="no file"):
+        configs.load("configs/none.py")
+    empty = tmp_path / "empty.py"
+    empty.write_text("x = 1\n")
+    with pytest.raises(ConfigError, match="defines no get_config"):
+        configs.load(str(empty))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "jaxvl.cli", *arguments], capture_output=True, text=True, timeout=120, env={**os.environ})
+
+
+def test_the_command_names_the_wrong_key_and_makes_nothing(tmp_path):
+    done = run("train", f"--config={QUICK}", f"--workdir={tmp_path / 'run'}", "--config.optim.lerning_rate=1")
+    assert done.returncode == 2 and "did you mean 'learning_rate'?" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_strange_arguments_are_refused(tmp_path):
+    done = run("train", f"--config={QUICK}", f"--workdir={tmp_path / 'run'}", "--steps=3")
+    assert done.returncode == 2 and "--config.KEY=VALUE" in done.stderr
+
+
+def test_help_and_import_do_not_load_jax():
+    """Both are asked to answer in half a second; the module list is what decides it, the clock only guards against the absurd."""
+    code = "import sys, jaxvl, jaxvl.cli; jaxvl.cli.parser(); print(sorted({m.split('.')[0] for m in sys.modules}))"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert time.perf_counter() - start < 10
+    loaded = set(json.loads(done.stdout.replace("'", '"')))
+    assert not loaded & {"jax", "jaxlib", "flax", "numpy", "optax", "orbax", "rich", "matplotlib", "ml_collections", "absl"}
+    assert "train" in run("--help").stdout
