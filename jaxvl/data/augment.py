@@ -59,13 +59,36 @@ def check(options: AugmentOptions) -> None:
 
 
 def preprocess(images: jax.Array, key: jax.Array | None, options: AugmentOptions) -> jax.Array:
-    """uint8 [batch, height, width, 3] -> float32 of the same shape; `key` None is evaluation, which only normalises."""
+    """Levels [batch, height, width, 3], uint8 or float, to normalised float32; `key` None is evaluation, which only normalises."""
     x = images.astype(jnp.float32)
     if key is not None:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(x.shape[0]))  # [batch]
         x = augment(x, keys, options)
     scale = 1 / (255 * jnp.asarray(options.std, jnp.float32))
     return x * scale - jnp.asarray(options.mean, jnp.float32) / jnp.asarray(options.std, jnp.float32)
+
+
+def resize(canvas: jax.Array, frame: jax.Array, size: int) -> jax.Array:
+    """Antialiased bicubic crops [batch, size, size, 3], float32 levels, of canvases uint8 [batch, side, side, 3].
+
+    frame: float32 [batch, 6], left, top, right and bottom of the crop, then the width and height that hold pixels
+    (decode.decode_canvas). The same arithmetic as the host's resize, as two matrix products an image.
+    """
+
+    def matrix(low: jax.Array, high: jax.Array, length: jax.Array) -> jax.Array:
+        """float32 [batch, size, side]; Keys' cubic with a = -1/2, stretched by the scale, over the pixels there are."""
+        pixel = jnp.arange(canvas.shape[1], dtype=jnp.float32)
+        scale = ((high - low) / size)[:, None, None]
+        centre = low[:, None, None] + scale * (jnp.arange(size, dtype=jnp.float32)[:, None] + 0.5)
+        x = jnp.abs(pixel + 0.5 - centre) / jnp.maximum(scale, 1)
+        p, q = jnp.maximum(2 - x, 0), jnp.maximum(1 - x, 0)
+        weights = jnp.where(pixel < length[:, None, None], p * p * (p - 1) / 2 + q * q * (1 - 2 * q), 0)
+        return weights / weights.sum(2, keepdims=True)
+
+    left, top, right, bottom, width, height = frame.T
+    exact = jax.lax.Precision.HIGHEST
+    x = jnp.einsum("byh,bhwc->bywc", matrix(top, bottom, height), canvas.astype(jnp.float32), precision=exact)
+    return jnp.clip(jnp.einsum("bxw,bywc->byxc", matrix(left, right, width), x, precision=exact), 0, 255)
 
 
 def augment(x: jax.Array, keys: jax.Array, o: AugmentOptions) -> jax.Array:

@@ -1,6 +1,7 @@
-"""Shards on local disk: remote and compressed ones as whole files in a folder of bounded size, least recently used out first.
+"""Shards on local disk: copies of remote and compressed ones, in a folder of bounded size.
 
-Several processes of a host share the folder: a copy is made once, under a lock, and appears under its name only when whole.
+Several processes of a host share the folder: a copy is made once, under a lock, and appears under its name only when
+whole.
 """
 
 import collections
@@ -8,12 +9,14 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 STEP = 1 << 22  # bytes copied at a time
+ABANDONED = 3600  # seconds without a byte after which a copy in the making is nobody's
 GZIP = b"\x1f\x8b"
 VERSIONS = ("ETag", "etag", "md5Hash", "crc32c", "mtime", "LastModified", "last_modified", "updated", "created")
 
@@ -43,7 +46,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def stamp(shard: str) -> tuple[int, int]:
-    """(size in bytes, version) of a shard: its mtime in ns, or for a URL a hash of what its store tells of the version."""
+    """(size in bytes, version) of a shard: mtime in ns, or a hash of what a store tells of the version."""
     if not is_remote(shard):
         stat = os.stat(shard)
         return stat.st_size, stat.st_mtime_ns
@@ -68,7 +71,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def open_shard(shard: str, cache: Cache) -> int:
-    """A descriptor of the plain tar that `shard` is, in place or as a copy in the cache; it stays good when the copy is dropped.
+    """A descriptor of the plain tar in `shard`, in place or of a copy in the cache; it outlives the copy.
 
     Raises OSError where the shard cannot be read, or the disk or the cache is too small for its copy.
     """
@@ -91,7 +94,7 @@ def open_shard(shard: str, cache: Cache) -> int:
 
 
 def _copy(shard: str, size: int, path: Path, limit: int) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = path.with_suffix(".partial")
     store, remote = filesystem(shard)
     try:
         with store.open(remote, "rb") as source, open(partial, "wb") as target:
@@ -112,7 +115,7 @@ def _copy(shard: str, size: int, path: Path, limit: int) -> None:
 
 
 def _unpacked(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """`chunks`, out of gzip if they are in it. A damaged gzip gives what comes before the damage, as a tar that is cut short."""
+    """`chunks`, out of gzip if they are in it; a damaged gzip gives what comes before the damage, a tar cut short."""
     inflate = None
     for number, chunk in enumerate(chunks):
         if number == 0 and chunk.startswith(GZIP):
@@ -131,7 +134,10 @@ def _unpacked(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _make_room(folder: Path, limit: int) -> None:
-    """Drop the least recently used copies until at most `limit` bytes are left."""
+    """Drop what killed processes left, then the least recently used copies until at most `limit` bytes are left."""
+    for file in folder.glob("*.partial"):
+        if file.stat().st_mtime < time.time() - ABANDONED:
+            file.unlink(missing_ok=True)
     held = sorted((f.stat().st_mtime_ns, f.stat().st_size, f) for f in folder.glob("*.tar"))
     total = sum(size for _, size, _ in held)
     for _, size, file in held:

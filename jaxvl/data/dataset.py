@@ -22,13 +22,14 @@ class DataOptions(NamedTuple):
     """Where samples come from and what is made of them.
 
     source: patterns of shards (sources.expand) or tfds://. weights: shares of the sources; without, they mix by size.
-    captions: which of a sample's captions to train on, the first being KEY.txt, the others "captions" of KEY.json; "none" needs none.
-    caption_field: the field of KEY.json that has the captions instead. label: a field of KEY.json, or "cls" for KEY.cls, to deliver
-    as "label". image_size: pixels a side; crop_scale, crop_ratio, fit, dct_margin, min_side, max_pixels: see decode.py.
-    group_shards: shards whose samples are shuffled together, 0 for all. chunk: samples that one thread prepares at a time.
-    threads (of each process) and workers (processes): 0 and -1 choose by the cores there are. prefetch: batches prepared ahead.
-    max_bad_rate: share of bad samples above which the run stops. index: folder of the shards' indexes, by default in the cache.
-    cache: folder for remote shards and rendered sets, by default $JAXVL_CACHE or ~/.cache/jaxvl. cache_gb: bound of the shards in it.
+    captions: which of a sample's captions to train on, the first being KEY.txt, the others "captions" of KEY.json;
+    "none" needs none. caption_field: the field of KEY.json that has the captions instead. label: a field of KEY.json,
+    or "cls" for KEY.cls, to deliver as "label". image_size: pixels a side; crop_scale, crop_ratio, fit, dct_margin,
+    min_side, max_pixels: see decode.py. group_shards: shards whose samples are shuffled together, 0 for all. chunk:
+    samples that one thread prepares at a time. threads (of each process) and workers (processes): 0 and -1 choose by
+    the cores there are. prefetch: batches prepared ahead. max_bad_rate: share of bad samples above which the run
+    stops. indexes: folder of the shards' indexes, by default in the cache. cache: folder for remote shards and
+    rendered sets, by default $JAXVL_CACHE or ~/.cache/jaxvl. cache_gb: bound of the shards in it.
     """
 
     source: str | tuple[str, ...] = ""
@@ -49,7 +50,7 @@ class DataOptions(NamedTuple):
     workers: int = -1
     prefetch: int = 2
     max_bad_rate: float = 0.1
-    index: str = ""
+    indexes: str = ""
     cache: str = ""
     cache_gb: float = 64.0
 
@@ -58,9 +59,9 @@ class DataOptions(NamedTuple):
 class Dataset:
     """Opened sources, their shards numbered through.
 
-    counts: int64 [shard] usable samples. starts: int64 [shard + 1], the id of each shard's first sample, and the number of all.
-    parts: (first, last + 1) shard of each part of the mixture, with `quota` samples in a block (mixing.py).
-    classes: the class names that labels are places in, empty where labels are the numbers in the data.
+    counts: int64 [shard] usable samples. starts: int64 [shard + 1], the id of each shard's first sample, and the
+    number of all. parts: (first, last + 1) shard of each part of the mixture, with `quota` samples in a block
+    (mixing.py). classes: the class names that labels are places in, empty where labels are the numbers in the data.
     """
 
     options: DataOptions
@@ -83,42 +84,52 @@ class Dataset:
 def open_data(options: DataOptions) -> Dataset:
     """Find, index and check the shards that `options` names.
 
-    Raises ValueError for options that cannot be right, naming key and value; BadData where nothing, or too little, can be used.
+    Raises ValueError for options that cannot be right, naming key and value; BadData where nothing, or too little,
+    can be used.
     """
     check(options)
     patterns = (options.source,) if isinstance(options.source, str) else tuple(options.source)
     place = place_of(options)
     sources = tuple(open_source(p, place) for p in patterns)
     _refuse_repeats(sources)
-    good, bad = (int(sum(n.sum() for n in numbers)) for numbers in ([s.counts for s in sources], [s.bad for s in sources]))
+    good, bad = sum(int(s.counts.sum()) for s in sources), sum(int(s.bad.sum()) for s in sources)
     if not good or bad > options.max_bad_rate * (good + bad):
         why = f"above data.max_bad_rate={options.max_bad_rate}" if good else "none can be used"
         known = table(b for s in sources for b in s.known())
         raise BadData(f"{', '.join(patterns)}: {bad:,} of {good + bad:,} samples are bad, {why}:\n{known}")
+    if options.weights and (hollow := [s.name for s in sources if not s.counts.any()]):
+        raise BadData(f"data.weights gives {hollow[0]} a share, but none of its samples can be used")
     counts = np.concatenate([s.counts for s in sources])
     ends = np.cumsum([len(s.counts) for s in sources]).tolist() if options.weights else [len(counts)]
     parts = tuple(zip([0, *ends[:-1]], ends, strict=True))
-    classes = class_names(sources, options.label, place.index) if options.label else ()
-    return Dataset(options, sources, counts, np.append(0, np.cumsum(counts)), parts, quotas(options.weights or (1.0,)), classes)
+    classes = class_names(sources, options.label, place.indexes) if options.label else ()
+    return Dataset(
+        options, sources, counts, np.append(0, np.cumsum(counts)), parts, quotas(options.weights or (1.0,)), classes
+    )
 
 
 def place_of(options: DataOptions) -> Place:
     """The part of `options` that opening a source reads."""
     folder = cache_folder(options.cache)
     cache = Cache(str(folder), int(options.cache_gb * 2**30))
-    return Place(options.index or str(folder / "index"), cache, options.captions != "none", options.caption_field)
+    return Place(options.indexes or str(folder / "index"), cache, options.captions != "none", options.caption_field)
 
 
 def check(options: DataOptions) -> None:
     """Raise ValueError naming the first option that cannot be right."""
     sources = (options.source,) if isinstance(options.source, str) else options.source
     if not sources or not all(sources):
-        raise ValueError(f"data.source is {options.source!r}; it must name shards, such as 'train-{{0000..0127}}.tar' or 'glyphs://train'")
+        raise ValueError(
+            f"data.source is {options.source!r}; it must name shards, such as '{{0000..0127}}.tar' or 'glyphs://train'"
+        )
     if options.weights and len(options.weights) != len(sources):
-        raise ValueError(f"data.weights has {len(options.weights)} entries for {len(sources)} sources; give one each, or none")
+        raise ValueError(
+            f"data.weights has {len(options.weights)} entries for {len(sources)} sources; give one each, or none"
+        )
     if options.captions not in ("first", "random", "longest", "none"):
         raise ValueError(f"data.captions is {options.captions!r}; it must be first, random, longest or none")
     for key, low, high in (
+        ("image_size", 1, 1 << 14),
         ("group_shards", 0, math.inf),
         ("chunk", 1, 1 << 14),
         ("threads", 0, 1 << 10),

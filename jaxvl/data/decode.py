@@ -13,7 +13,7 @@ from jaxvl.data import pixels
 from jaxvl.data.pixels import Header, Undecodable, read_header
 from jaxvl.data.resize import Box, resize
 
-__all__ = ["UNIFORMS", "DecodeOptions", "Undecodable", "check", "decode_eval", "decode_full", "decode_train", "probe", "random_box"]
+__all__ = ["UNIFORMS", "DecodeOptions", "Undecodable", "canvas_side", "check", "decode_canvas", "decode_eval", "decode_full", "decode_train", "probe", "random_box"]
 
 UNIFORMS = 22  # of decode_train, each in [0, 1): ten tries of (area, ratio), then the offsets x and y
 
@@ -23,15 +23,16 @@ class DecodeOptions(NamedTuple):
 
     size: pixels a side of the result. crop_scale: range of the random crop's area as a share of the image's, and crop_ratio
     of its width over its height. fit: for evaluation, "crop" takes the largest centred square and "squash" the whole image.
-    dct_margin: in training, a JPEG is decoded at 1/2 or 1/4 size where the crop still has dct_margin * size pixels a side;
-    1 never enlarges what was decoded, infinity always decodes in full. min_side, max_pixels: smaller and larger are refused.
+    dct_margin: in training, a JPEG is decoded at 1/2 or 1/4 size where the crop still has dct_margin * size pixels a side: half
+    the pixels of the result by default. 1 never enlarges what was decoded, and evaluation never does; infinity always decodes
+    in full. min_side, max_pixels: smaller and larger images are refused.
     """
 
     size: int = 224
     crop_scale: tuple[float, float] = (0.9, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     fit: Literal["crop", "squash"] = "crop"
-    dct_margin: float = 0.75
+    dct_margin: float = 0.7
     min_side: int = 2
     max_pixels: int = 1 << 26
 
@@ -68,6 +69,32 @@ def decode_train(image: bytes, options: DecodeOptions, uniforms: np.ndarray) -> 
     """A random resized crop, uint8 [size, size, 3], from float64 [UNIFORMS] in [0, 1); raises Undecodable."""
     header = read_header(image, options.min_side, options.max_pixels)
     return _cut(image, header, random_box(*header.upright, options, uniforms), options.size, options.dct_margin)
+
+
+def decode_canvas(image: bytes, options: DecodeOptions, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The crop of decode_train before its resize, which augment.resize does on the device.
+
+    Returns uint8 [side, side, 3] with side = canvas_side(options), the crop in its upper left corner and zeros elsewhere; and
+    float32 [6]: left, top, right and bottom of the crop in it, then the width and height that hold pixels. Raises Undecodable.
+    """
+    header = read_header(image, options.min_side, options.max_pixels)
+    side = canvas_side(options)
+    box = pixels.stored(random_box(*header.upright, options, uniforms), header)
+    found, (left, top, right, bottom) = _near(image, header, box, options.size, options.dct_margin, side - 1)
+    x, y = math.floor(left), math.floor(top)
+    found = found[y : math.ceil(bottom), x : math.ceil(right)]
+    small = header._replace(width=found.shape[1], height=found.shape[0])
+    found = pixels.upright(found, small)
+    canvas = np.zeros((side, side, 3), np.uint8)
+    canvas[: found.shape[0], : found.shape[1]] = found
+    edges = pixels.shown((left - x, top - y, right - x, bottom - y), small)
+    return canvas, np.array((*edges, found.shape[1], found.shape[0]), np.float32)
+
+
+def canvas_side(options: DecodeOptions) -> int:
+    """Pixels a side of the canvas that holds the crop of any JPEG as dct_margin has it decoded."""
+    widest = max(options.crop_ratio[1], 1 / options.crop_ratio[0])
+    return math.ceil(2 * min(options.dct_margin, 1.0) * widest * options.size) + 2
 
 
 def decode_eval(image: bytes, options: DecodeOptions) -> np.ndarray:
@@ -107,14 +134,19 @@ def _cut(image: bytes, header: Header, box: Box, size: int, margin: float) -> np
 
     The stored image is cut and the small result turned, which moves fewer pixels than turning first.
     """
-    box = pixels.stored(box, header)
-    side = min(box[2] - box[0], box[3] - box[1])
+    found, box = _near(image, header, pixels.stored(box, header), size, margin)
+    cut = resize(found, box, size, size)
+    return cut if header.orientation == 1 else np.ascontiguousarray(pixels.upright(cut, header))
+
+
+def _near(image: bytes, header: Header, box: Box, size: int, margin: float, longest: float = math.inf) -> tuple[np.ndarray, Box]:
+    """The stored image at the scale nearest to what a cut of `size` pixels needs, and the box there, no side above `longest`."""
+    left, top, right, bottom = box
+    side, long = sorted((right - left, bottom - top))
     factor = next((f for f in (4, 2) if header.jpeg and side >= f * margin * size), 1)
-    found = pixels.decode(image, header, factor, smooth=side < 1.5 * size)
-    rough = int(side / (factor * 3 * size))
-    if rough > 1:  # a box average first; it leaves the bicubic kernel three pixels a side or more for each of its own
+    found = pixels.decode(image, header, factor, smooth=side < 1.2 * size)
+    rough = max(int(side / (factor * 3 * size)), math.ceil(long / (factor * longest)))
+    if rough > 1:  # a box average; it leaves the bicubic kernel three pixels a side or more for each of its own
         found = np.asarray(Image.fromarray(found).reduce(rough))
         factor *= rough
-    left, top, right, bottom = (edge / factor for edge in box)
-    cut = resize(found, (left, top, right, bottom), size, size)
-    return cut if header.orientation == 1 else np.ascontiguousarray(pixels.upright(cut, header))
+    return found, (left / factor, top / factor, right / factor, bottom / factor)

@@ -2,13 +2,14 @@
 
 import collections
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 from jaxvl.data.source import Bad
 
 SETTLE = 1024  # samples before a rate of bad ones means something
 LINES = 12  # of a table in an error
+KEPT = 1 << 16  # bad samples that such a table counts, the latest
 
 
 class BadData(ValueError):
@@ -22,10 +23,10 @@ def table(bad: Iterable[Bad]) -> str:
     return "\n".join(lines + [f"  ... and {len(tally) - LINES} more"] * (len(tally) > LINES))
 
 
-def watched(batches: Iterator[Any], limit: float) -> Iterator[Any]:
+def watched(batches: Generator[Any], limit: float) -> Generator[Any]:
     """`batches`, until the samples found bad are more than `limit` of those tried. Raises BadData then."""
-    seen, bad = 0, collections.deque(maxlen=1 << 16)
-    found = 0
+    seen, found = 0, 0
+    bad: collections.deque[Bad] = collections.deque(maxlen=KEPT)
     with contextlib.closing(batches):
         for batch in batches:
             seen += len(batch.ids)
@@ -34,6 +35,7 @@ def watched(batches: Iterator[Any], limit: float) -> Iterator[Any]:
             if found > limit * max(seen + found, SETTLE):
                 raise BadData(
                     f"{found:,} of {seen + found:,} samples were bad, above data.max_bad_rate={limit}:\n{table(bad)}\n"
-                    "`jaxvl data check` names them all; data.max_bad_rate accepts more"
+                    "`jaxvl data check --json` names them all, and with --record later runs leave them out; "
+                    "a higher data.max_bad_rate accepts them"
                 )
             yield batch

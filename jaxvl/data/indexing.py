@@ -21,7 +21,7 @@ STORE_THREADS = 32  # a remote store answers slowly, and many questions at once
 
 def index_path(shard: str, folder: str) -> str:
     """Where the index of `shard` is kept."""
-    return os.path.join(folder, f"{os.path.basename(shard)}-{digest(shard)}.idx")
+    return os.path.join(folder, f"{os.path.basename(shard)[-80:]}-{digest(shard)}.idx")
 
 
 def ensure_indexes(shards: Sequence[str], folder: str, cache: Cache, rebuild: bool = False) -> list[Summary]:
@@ -29,18 +29,24 @@ def ensure_indexes(shards: Sequence[str], folder: str, cache: Cache, rebuild: bo
     stamps = _stamps(shards)
     paths = [Path(index_path(s, folder)) for s in shards]
     held = [None if rebuild else read_summary(p) for p in paths]
-    todo = [i for i, (summary, at) in enumerate(zip(held, stamps, strict=True)) if summary is None or summary.stamp != at]
+    todo = [
+        i for i, (summary, now) in enumerate(zip(held, stamps, strict=True)) if summary is None or summary.stamp != now
+    ]
     if todo:
         with locked(Path(folder) / "build.lock"):
             _build([(shards[i], stamps[i], paths[i]) for i in todo], cache, rebuild)
-        for i in todo:
-            held[i] = read_summary(paths[i])
-    return held
+    built = {i: read_summary(paths[i]) for i in todo}
+    summaries = [built.get(i, summary) for i, summary in enumerate(held)]
+    if lost := [str(path) for path, summary in zip(paths, summaries, strict=True) if summary is None]:
+        raise OSError(f"the index {lost[0]} has gone while it was in use; nothing else may write in {folder}")
+    return [s for s in summaries if s is not None]
 
 
 def _build(jobs: list[tuple[str, tuple[int, int], Path]], cache: Cache, rebuild: bool) -> None:
     large = sum(stamp[0] for _, stamp, _ in jobs) >= PROCESSES_FROM
-    for _ in progress(parallel(_build_one, (cache, rebuild), jobs, cores() if large else 1), len(jobs), "indexing shards"):
+    for _ in progress(
+        parallel(_build_one, (cache, rebuild), jobs, cores() if large else 1), len(jobs), "indexing shards"
+    ):
         pass
 
 
@@ -113,15 +119,23 @@ _shared: tuple[Callable, Any]
 
 def progress(items: Iterable[Any], total: int, title: str) -> Iterator[Any]:
     """`items`, with a progress bar on standard error once they have taken more than five seconds."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    bar = Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True))
-    begun, shown = time.monotonic(), None
+    begun, step = time.monotonic(), None
     with contextlib.ExitStack() as stack:
         for done, item in enumerate(items, 1):
             yield item
-            if shown is None and time.monotonic() - begun > PROGRESS_AFTER:
-                shown = stack.enter_context(bar).add_task(title, total=total)
-            if shown is not None:
-                bar.update(shown, completed=done)
+            if step is None and time.monotonic() - begun > PROGRESS_AFTER:
+                step = stack.enter_context(_bar(total, title))
+            if step is not None:
+                step(done)
+
+
+@contextlib.contextmanager
+def _bar(total: int, title: str) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    with Progress(
+        *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    ) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.update(task, completed=done)

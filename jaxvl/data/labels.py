@@ -1,4 +1,4 @@
-"""Labels: a field of the samples as int32, its numbers as they are, its words by their place among all words in order."""
+"""Labels: a field of the samples as int32, numbers as they are, words by their place among all words in order."""
 
 import json
 import os
@@ -15,7 +15,7 @@ PROCESSES_FROM = 100_000  # samples below which starting processes costs more th
 
 
 def class_names(sources: Sequence[Source], field: str, folder: str) -> tuple[str, ...]:
-    """All words of `field` in order, empty where every value is a number. Kept in `folder`: they are read once from every sample.
+    """All words of `field` in order, empty where every value is a number; read once and kept in `folder`.
 
     Raises ValueError where no sample has the field.
     """
@@ -24,7 +24,9 @@ def class_names(sources: Sequence[Source], field: str, folder: str) -> tuple[str
         return tuple(json.loads(path.read_text()))
     jobs = [(source, shard) for source, s in enumerate(sources) for shard in range(len(s.shards))]
     large = sum(int(s.counts.sum()) for s in sources) >= PROCESSES_FROM
-    values = set().union(*progress(parallel(_values, (sources, field), jobs, cores() if large else 1), len(jobs), f"reading {field}"))
+    values = set().union(
+        *progress(parallel(_values, (sources, field), jobs, cores() if large else 1), len(jobs), f"reading {field}")
+    )
     if not values:
         raise ValueError(f"data.label is {field!r}, a field that no sample of {', '.join(s.name for s in sources)} has")
     names = () if all(_number(v) is not None for v in values) else tuple(sorted(values))
@@ -36,7 +38,7 @@ def class_names(sources: Sequence[Source], field: str, folder: str) -> tuple[str
 
 
 def label_of(meta: dict[str, Any], field: str, places: dict[str, int]) -> int | None:
-    """The label of a sample with these fields; `places` of the class names, empty where values are numbers. None for no label."""
+    """The label of a sample with these fields, None if it has none; `places`: class name to label, empty for numbers."""
     value = _word(meta.get(field))
     return None if value is None else places.get(value) if places else _number(value)
 

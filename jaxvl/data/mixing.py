@@ -1,7 +1,8 @@
 """Several sources in fixed shares: which source sample n comes from, and which of that source's samples it is.
 
-Samples come in blocks of BLOCK. Every block holds the same whole number of samples of each source, in an order keyed by the
-block, so a share is exact after each block and the answer for any n costs one block, however far into the run it is.
+Samples come in blocks of BLOCK. Every block holds the same whole number of samples of each source, in an order keyed
+by the block, so a share is exact after each block and the answer for any n costs one block, however far into the run
+it is.
 """
 
 import functools
@@ -35,15 +36,14 @@ def mixture(seed: int, quota: Sequence[int]) -> Callable[[np.ndarray], tuple[np.
 
     The numbers of one source run 0, 1, 2 ... in the order of n.
     """
-    quota = np.asarray(quota, np.int64)
     if len(quota) == 1:
         return lambda n: (np.zeros_like(n), n)
-    block = int(quota.sum())
+    share, block = np.array(quota, np.int64), sum(quota)
 
     @functools.lru_cache(maxsize=16)
     def layout(number: int) -> tuple[np.ndarray, np.ndarray]:
         slots = np.argsort(mix(seed, MIX, number, np.arange(block)), kind="stable")
-        source = np.repeat(np.arange(len(quota)), quota)[slots]
+        source = np.repeat(np.arange(len(share)), share)[slots]
         rank = np.empty(block, np.int64)
         rank[np.argsort(source, kind="stable")] = np.concatenate([np.arange(q) for q in quota])
         return source, rank
@@ -55,7 +55,7 @@ def mixture(seed: int, quota: Sequence[int]) -> Callable[[np.ndarray], tuple[np.
             here = np.flatnonzero(n // block == number)
             of, place = layout(int(number))
             source[here] = of[n[here] % block]
-            rank[here] = number * quota[source[here]] + place[n[here] % block]
+            rank[here] = number * share[source[here]] + place[n[here] % block]
         return source, rank
 
     return at

@@ -53,7 +53,7 @@ def sample_order(seed: int, counts: np.ndarray, group_shards: int) -> Order:
         return _Epoch(shards, ends, ends[np.minimum(np.arange(group, len(counts) + group, group), len(counts)) - 1])
 
     def locate(epoch: int, place: np.ndarray, rank: Callable) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and row of positions of one epoch; `rank` maps (place in group, group size, group) to a place in group."""
+        """Shard and row of places in an epoch; rank(place in group, size of group, group) moves them in their group."""
         shards, ends, group_ends = layout(epoch)
         g = np.searchsorted(group_ends, place, side="right")
         start = np.where(g > 0, group_ends[g - 1], 0)
@@ -74,9 +74,9 @@ def sample_order(seed: int, counts: np.ndarray, group_shards: int) -> Order:
         key = mix(seed, REPLACE, n, attempt)
         if attempt >= NEAR_ATTEMPTS:
             place = (key % np.uint64(total)).astype(np.int64)
-            shard, row = locate(0, place, lambda place, size, g: place)  # noqa: ARG005
+            shard, row = locate(0, place, lambda place, size, g: place)
         else:
-            drawn = lambda place, size, g: (key % size.astype(np.uint64)).astype(np.int64)  # noqa: ARG005
+            drawn = lambda place, size, g: (key % size.astype(np.uint64)).astype(np.int64)
             shard, row = locate(n // total, np.array([n % total]), drawn)
         return int(shard[0]), int(row[0])
 

@@ -4,10 +4,10 @@ An index stores a reason by its place here, so words are only ever added at the 
 """
 
 REASONS = {
-    "truncated": "a member of the sample is cut short",
-    "noimage": "the key has no image",
-    "nocaption": "the key has no text, or with data.caption_field not that field",
-    "empty": "the image has no bytes, or the shard has none",
+    "truncated": "the sample, or the shard, is cut short",
+    "noimage": "the sample has no image",
+    "nocaption": "the sample has no KEY.txt, or not the field that data.caption_field names",
+    "empty": "the image, or the shard, holds nothing",
     "blank": "the caption has nothing visible",
     "duplicate": "the shard holds the key again; the first is used",
     "link": "a symbolic or hard link, never followed",

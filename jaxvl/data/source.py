@@ -9,7 +9,7 @@ from jaxvl.data.cache import Cache
 
 
 class Record(NamedTuple):
-    """One sample as stored: encoded image, cleaned captions (the main one first), and the fields of KEY.json and KEY.cls."""
+    """One sample: encoded image, cleaned captions, the main one first, and the fields of KEY.json and KEY.cls."""
 
     key: str
     image: bytes
@@ -18,7 +18,7 @@ class Record(NamedTuple):
 
 
 class Bad(NamedTuple):
-    """A sample that cannot be used, or with an empty key a fault of the shard itself; `reason` is one word of reasons.py."""
+    """A sample that cannot be used, or with an empty key a fault of the shard; `reason` is a word of reasons.py."""
 
     shard: str
     key: str
@@ -26,7 +26,7 @@ class Bad(NamedTuple):
 
 
 class Want(NamedTuple):
-    """What of a sample is read. captions: a sample without any is bad; alternates: further captions too; fields: its meta."""
+    """What of a sample is read. captions: one without is bad; alternates: further captions too; fields: its meta."""
 
     image: bool = True
     captions: bool = True
@@ -35,11 +35,13 @@ class Want(NamedTuple):
 
 
 class Place(NamedTuple):
-    """How a source is opened. index: folder of the shards' indexes, built anew with `rebuild`. captions: whether samples need one;
-    caption_field: the field that has them, "" for the usual one.
+    """How a source is opened.
+
+    indexes: folder of the shards' indexes, built anew with `rebuild`. captions: whether samples need one.
+    caption_field: the field that has them, "" for the usual place.
     """
 
-    index: str
+    indexes: str
     cache: Cache
     captions: bool = True
     caption_field: str = ""
@@ -49,8 +51,9 @@ class Place(NamedTuple):
 class Source(NamedTuple):
     """Shards and how to read them. `version` stands for all their contents.
 
-    counts: int64 [shard] usable samples, bad: int64 [shard] samples known to be bad. read(shard, row, want) gives one sample.
-    known() gives the samples known to be bad and the faults of shards. fetch(shard) brings a remote shard near.
+    counts: int64 [shard] usable samples, bad: int64 [shard] samples known to be bad. read(shard, row, want) gives one
+    sample. known() gives the samples known to be bad and the faults of shards. fetch(shard) brings a remote shard
+    near.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""From the words of a config to sources: which shards a pattern names, and their indexes, built where they are missing."""
+"""Patterns to sources: which shards the words of a config name."""
 
 import glob
 import itertools
@@ -16,8 +16,9 @@ from jaxvl.data.tarsource import tar_source
 def expand(pattern: str, cache: Cache) -> tuple[str, ...]:
     """The shards that `pattern` names, in order.
 
-    A path, a folder (its *.tar), a glob, brace ranges ("train-{0000..0127}.tar", "{a,b}.tar"), any of these as a URL of fsspec,
-    or "glyphs://train?size=20000", which is rendered on first use. Raises ValueError where nothing matches or a shard is named twice.
+    A path, a folder (its *.tar), a glob, brace ranges ("train-{0000..0127}.tar", "{a,b}.tar"), any of these as a URL
+    of fsspec, or "glyphs://train?size=20000", which is rendered on first use. Raises ValueError where nothing matches
+    or a shard is named twice.
     """
     if pattern.startswith("glyphs://"):
         return _glyphs(pattern, cache)
@@ -37,7 +38,9 @@ def braces(pattern: str) -> list[str]:
     for at, letter in enumerate(rest):
         if letter == "}" and depth == 0:
             choices = words if len(words) > 1 else _range(words[0], pattern)
-            return [start + word + tail for choice in choices for word in braces(choice) for tail in braces(rest[at + 1 :])]
+            return [
+                start + word + tail for choice in choices for word in braces(choice) for tail in braces(rest[at + 1 :])
+            ]
         depth += (letter == "{") - (letter == "}")
         words = [*words, ""] if letter == "," and depth == 0 else [*words[:-1], words[-1] + letter]
     raise ValueError(f"data.source {pattern!r}: a brace is not closed")
@@ -91,7 +94,9 @@ def _glyphs(pattern: str, cache: Cache) -> tuple[str, ...]:
     words = dict(parse_qsl(query, keep_blank_values=True))
     unknown = sorted(set(words) - {"size", "pixels", "seed"})
     if part not in glyphs.PARTS or unknown or not all(v.isdigit() for v in words.values()):
-        raise ValueError(f"data.source {pattern!r}: write glyphs://{'|'.join(glyphs.PARTS)}?size=N&pixels=N&seed=N, the query as needed")
+        raise ValueError(
+            f"data.source {pattern!r}: write glyphs://{'|'.join(glyphs.PARTS)}?size=N&pixels=N&seed=N"
+        )
     made_by = digest(f"{matplotlib.__version__} {Path(glyphs.__file__).read_text()}")
     folder = Path(cache.folder) / "glyphs" / "-".join([part, *(f"{k}{words[k]}" for k in sorted(words)), made_by[:8]])
     with locked(folder.with_suffix(".lock")):

@@ -1,7 +1,8 @@
 """The index of a tar shard: where the parts of every sample lie, in columns that load by mapping the file.
 
-An index file is a header, a ROW for each sample that has an image, a BAD for each that cannot be used, the reasons of the
-shard's own damage, and all keys end to end. It takes about 60 bytes a sample, and no Python object until a row is read.
+An index file is a header, a ROW for each sample that has an image, a BAD for each that cannot be used, the reasons of
+the shard's own damage, and all keys end to end. It takes about 60 bytes a sample, and no Python object until a row is
+read.
 """
 
 import itertools
@@ -22,7 +23,9 @@ VERSION = 1
 HEADER = struct.Struct("<8sQQQQQQQQ")
 WORDS = tuple(REASONS)
 
-ROW = np.dtype([(f"{slot}_at", "<u8") for slot in SLOTS] + [(f"{slot}_size", "<u4") for slot in SLOTS] + [("key_end", "<u4")])
+ROW = np.dtype(
+    [(f"{slot}_at", "<u8") for slot in SLOTS] + [(f"{slot}_size", "<u4") for slot in SLOTS] + [("key_end", "<u4")]
+)
 BAD = np.dtype([("key_end", "<u4"), ("reason", "<u4")])
 
 
@@ -30,8 +33,8 @@ class Index(NamedTuple):
     """The samples of one shard.
 
     rows: ROW [images], in file order, those with a caption (`pairs` of them) before those without. bad: BAD [bad].
-    keys: bytes of all keys end to end, rows then bad; `key_end` is where each ends. damage: reasons of stretches that are no tar.
-    stamp: size and version of the shard that was indexed (cache.stamp).
+    keys: bytes of all keys end to end, rows then bad; `key_end` is where each ends. damage: reasons of stretches that
+    are no tar. stamp: size and version of the shard that was indexed (cache.stamp).
     """
 
     rows: np.ndarray
@@ -40,6 +43,11 @@ class Index(NamedTuple):
     damage: tuple[str, ...]
     pairs: int
     stamp: tuple[int, int]
+
+    @property
+    def summary(self) -> "Summary":
+        """What the index file's head holds."""
+        return Summary(self.stamp, self.pairs, len(self.rows), len(self.bad), len(self.damage))
 
     def key(self, row: int) -> str:
         """The key of sample `row`."""
@@ -64,10 +72,9 @@ class Summary(NamedTuple):
 
 def build_index(fd: int, version: tuple[int, int]) -> Index:
     """Index the tar open at `fd`, whose shard is at stamp `version`. Nothing in the file makes this raise."""
-    length = os.fstat(fd).st_size
-    samples, damage = group(walk(fd, length))
-    if not samples and (damage or not length):
-        return empty_index("nottar" if length else "empty", version)
+    samples, damage = group(walk(fd, os.fstat(fd).st_size))
+    if not samples:
+        return empty_index("nottar" if damage else "empty", version)
     return _index(samples, damage, version)
 
 
@@ -111,7 +118,9 @@ def save_index(index: Index, path: Path) -> None:
     """Write `index` at `path` in one step, so that no reader ever sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     damage = np.array([WORDS.index(d) for d in index.damage], "<u4")
-    head = HEADER.pack(MAGIC, VERSION, *index.stamp, index.pairs, len(index.rows), len(index.bad), len(damage), len(index.keys))
+    head = HEADER.pack(
+        MAGIC, VERSION, *index.stamp, index.pairs, len(index.rows), len(index.bad), len(damage), len(index.keys)
+    )
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with open(partial, "wb") as file:
         for part in (head, index.rows, index.bad, damage, index.keys):

@@ -13,7 +13,7 @@ import numpy as np
 from jaxvl.data.cache import Cache, digest, is_remote, open_shard, stamp
 from jaxvl.data.indexing import ensure_indexes, index_path
 from jaxvl.data.source import Bad, Place, Record, Source, Want
-from jaxvl.data.tarindex import Index, load_index
+from jaxvl.data.tarindex import Index, Summary, load_index
 from jaxvl.data.text import LONGEST, Uncaptioned, clean_caption
 
 OPEN_SHARDS = 64  # of a process; a few groups of the order
@@ -27,6 +27,7 @@ class TarFiles(NamedTuple):
 
     shards: tuple[str, ...]
     indexes: tuple[str, ...]
+    summaries: tuple[Summary, ...]
     faulty: tuple[int, ...]
     text: bool
     field: str
@@ -35,16 +36,33 @@ class TarFiles(NamedTuple):
 
 def tar_source(name: str, shards: Sequence[str], place: Place) -> Source:
     """The source of these tar shards."""
-    index, cache = place.index, place.cache
+    index, cache = place.indexes, place.cache
     summaries = ensure_indexes(shards, index, cache, place.rebuild)
     text = place.captions and not place.caption_field
     counts = np.array([s.pairs if text else s.images for s in summaries], np.int64)
     bad = np.array([s.images + s.bad for s in summaries], np.int64) - counts
     faulty = tuple(i for i, s in enumerate(summaries) if bad[i] or s.damages)
-    files = TarFiles(tuple(shards), tuple(index_path(s, index) for s in shards), faulty, text, place.caption_field, cache)
+    files = TarFiles(
+        tuple(shards),
+        tuple(index_path(s, index) for s in shards),
+        tuple(summaries),
+        faulty,
+        text,
+        place.caption_field,
+        cache,
+    )
     fetch = functools.partial(_fetch, files) if any(map(is_remote, shards)) else None
     version = digest(repr([(shard, s.stamp, s.images) for shard, s in zip(shards, summaries, strict=True)]))
-    return Source(name, version, files.shards, counts, bad, functools.partial(_read, files), functools.partial(_known, files), fetch)
+    return Source(
+        name,
+        version,
+        files.shards,
+        counts,
+        bad,
+        functools.partial(_read, files),
+        functools.partial(_known, files),
+        fetch,
+    )
 
 
 class _Shard:
@@ -58,9 +76,11 @@ class _Shard:
 
 
 @functools.lru_cache(maxsize=OPEN_SHARDS)
-def _open(name: str, index: str, cache: Cache) -> _Shard:
+def _open(name: str, index: str, summary: Summary, cache: Cache) -> _Shard:
     shard = _Shard(open_shard(name, cache), load_index(Path(index)))
-    if not is_remote(name) and stamp(name) != shard.index.stamp:
+    if shard.index.summary != summary:
+        raise OSError(f"the index of shard {name} has been built anew since the data were opened; open them again")
+    if not is_remote(name) and stamp(name) != summary.stamp:
         raise OSError(f"shard {name} has changed since it was indexed; start again, and it is indexed anew")
     return shard
 
@@ -71,7 +91,7 @@ def _fetch(files: TarFiles, shard: int) -> None:
 
 def _read(files: TarFiles, shard: int, row: int, want: Want) -> Record | Bad:
     name = files.shards[shard]
-    opened = _open(name, files.indexes[shard], files.cache)
+    opened = _open(name, files.indexes[shard], files.summaries[shard], files.cache)
     image_at, text_at, json_at, cls_at, image_size, text_size, json_size, cls_size, _ = opened.index.rows[row].item()
     key = opened.index.key(row)
 
@@ -87,27 +107,24 @@ def _read(files: TarFiles, shard: int, row: int, want: Want) -> Record | Bad:
     if cls_at and want.fields:
         meta["cls"] = member(cls_at, cls_size).decode("utf-8", "replace").strip()
     try:
-        if not want.captions:
-            captions = ()
-        elif files.field:
-            captions = _good(meta.get(files.field))
-        else:
-            captions = (clean_caption(member(text_at, min(text_size, LONGEST))), *(_good(meta.get("captions")) if want.alternates else ()))
-        if want.captions and not captions:
-            raise Uncaptioned("nocaption")
+        main = [clean_caption(member(text_at, min(text_size, LONGEST)))] if want.captions and not files.field else []
     except Uncaptioned as error:
         return Bad(name, key, error.reason)
-    return Record(key, member(image_at, image_size) if want.image else b"", tuple(dict.fromkeys(captions)), meta)
+    others = _good(meta.get(files.field or "captions")) if want.captions and (want.alternates or files.field) else []
+    captions = tuple(dict.fromkeys(main + others))
+    if want.captions and not captions:
+        return Bad(name, key, "nocaption")
+    return Record(key, member(image_at, image_size) if want.image else b"", captions, meta)
 
 
-def _good(value: Any) -> tuple[str, ...]:
+def _good(value: Any) -> list[str]:
     """The captions in a field, a text or a list of texts, that can be used."""
     good = []
     for caption in value if isinstance(value, list) else [value]:
         if isinstance(caption, str):
             with contextlib.suppress(Uncaptioned):
                 good.append(clean_caption(caption))
-    return tuple(good)
+    return good
 
 
 def _fields(data: bytes) -> dict[str, Any]:
@@ -124,5 +141,8 @@ def _known(files: TarFiles) -> Iterator[Bad]:
         index = load_index(Path(files.indexes[shard]))
         found = [("", reason) for reason in index.damage] + index.bad_keys()
         if files.text:
-            found += [(index.key(row), "blank" if index.rows["text_at"][row] else "nocaption") for row in range(index.pairs, len(index.rows))]
+            found += [
+                (index.key(row), "blank" if index.rows["text_at"][row] else "nocaption")
+                for row in range(index.pairs, len(index.rows))
+            ]
         yield from (Bad(files.shards[shard], key, reason) for key, reason in found)

@@ -1,37 +1,47 @@
 """Walk over the members of a tar shard, by headers alone, past any damage.
 
-Reads ustar, GNU long names and pax (path and size overrides, sparse files). Nothing is extracted and no link is followed:
-a member is a name, a place and a size. Where a header does not hold, the walk searches onward for the next that does, so
-that the members behind a damaged one are still found.
+Reads ustar, GNU long names and pax (path and size overrides, sparse files). Nothing is extracted and no link is
+followed: a member is a name, a place and a size. Where a header does not hold, the walk searches onward for the next
+that does, so that the members behind a damaged one are still found.
 
-| in the file                                     | what the walk makes of it                                              |
-|-------------------------------------------------|------------------------------------------------------------------------|
-| zero blocks in the middle, tars put end to end  | skipped; members after them count                                      |
-| no end-of-archive blocks                        | fine                                                                   |
-| header with a wrong checksum, garbage           | damage "garbage"; search for the next header                           |
-| size past the end of the file (truncated, giant)| member marked truncated; search for headers inside what it claimed     |
-| size that swallows later headers                | found when the next header does not hold: truncated, and searched      |
-| symlink, hard link                              | kind "link", never followed                                            |
-| FIFO, device                                    | kind "device", never opened                                            |
-| sparse file (GNU or pax)                        | kind "sparse", its holes are not filled                                |
-| directory, volume label, unknown type           | skipped                                                                |
-| absolute names, "..", NULs, any bytes           | the name is a label only                                               |
+| in the file                                       | what the walk makes of it                                  |
+|---------------------------------------------------|------------------------------------------------------------|
+| zero blocks in the middle, tars put end to end    | skipped; members after them count                          |
+| no end-of-archive blocks                          | fine                                                       |
+| header with a wrong checksum, garbage             | damage "garbage"; search for the next header               |
+| size past the end of the file (truncated, giant)  | member marked truncated; search inside what it claimed     |
+| size that swallows later headers                  | found where the next header does not hold: the same        |
+| symlink, hard link                                | kind "link", never followed                                |
+| FIFO, device                                      | kind "device", never opened                                |
+| sparse file (GNU or pax)                          | kind "sparse", its holes are not filled                    |
+| directory, volume label, unknown type             | skipped                                                    |
+| absolute names, "..", NULs, any bytes             | the name is a label only                                   |
 """
 
 import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 BLOCK = 512
 WINDOW = 4096  # one read: a caption's header, its text and the next header mostly share a page
 NAME_LIMIT = 1 << 16  # a longer GNU name or pax record is damage, not a name
 MAGIC = 257  # where a header says ustar
 ZERO = bytes(BLOCK)
-KINDS = {b"0": "file", b"\0": "file", b"7": "file", b"1": "link", b"2": "link", b"3": "device", b"4": "device", b"6": "device", b"S": "sparse"}
+KINDS = {
+    b"0": "file",
+    b"\0": "file",
+    b"7": "file",
+    b"1": "link",
+    b"2": "link",
+    b"3": "device",
+    b"4": "device",
+    b"6": "device",
+    b"S": "sparse",
+}
 
 
 class Member(NamedTuple):
-    """One entry of a tar: raw `name`, `kind` (file, link, device, sparse), data `offset` and `size`, whether cut short."""
+    """One entry of a tar: raw name, kind (file, link, device, sparse), place and size of the data, whether cut."""
 
     name: bytes
     kind: str
@@ -58,7 +68,9 @@ class _Header(NamedTuple):
 def walk(fd: int, length: int) -> Iterator[Member | Damage]:
     """Members of the tar of `length` bytes open at `fd`, in file order, with the damage met on the way."""
     read = _reader(fd)
-    position, last, pending = 0, None, {}  # last: the member whose end is proven only by the next header
+    position = 0
+    last: Member | None = None  # its end is proven only by the next header
+    pending: dict[str, Any] = {}  # what long-name and pax headers say of the next member
     while position < length:
         block = read(position, BLOCK)
         if block == ZERO:
@@ -95,7 +107,7 @@ def walk(fd: int, length: int) -> Iterator[Member | Damage]:
             kind = None  # directories of old tars carry the type of a file
         size = 0 if header.kind in b"123456" else pending.get("size", header.size)
         pending = {}
-        member = kind and Member(name, kind, data, size, data + size > length, read(data, 16))
+        member = Member(name, kind, data, size, data + size > length, read(data, 16)) if kind else None
         if data + size > length:
             yield Damage("truncated", position)
             if member:
@@ -125,7 +137,9 @@ def _parse(block: bytes) -> _Header | None:
     if stored is None or size is None or len(block) < BLOCK:
         return None
     total = sum(block) - sum(block[148:156]) + 256
-    if stored != total and stored != total - 256 * sum(b > 127 for b in block[:148] + block[156:]):  # signed bytes of old tars
+    if stored != total and stored != total - 256 * sum(
+        b > 127 for b in block[:148] + block[156:]
+    ):  # signed bytes of old tars
         return None
     name = block[:100].split(b"\0", 1)[0]
     if block[257:263] == b"ustar\0" and block[345:346] != b"\0":

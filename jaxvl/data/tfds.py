@@ -3,10 +3,10 @@
     tfds://coco_captions/2014/train?dir=/data/tfds&caption=captions.text
     tfds://cifar10/test?caption=label
 
-NAME is a prepared set, NAME/CONFIG:VERSION in full, in `dir` or in TFDS's own folder; SPLIT may be a slice such as train[:90%].
-`image` and `caption` name features, inner ones after a dot; where they are left out, the only image and a feature called
-caption, captions or text are taken. A caption from a class label is the name of the class. Labels are such names too.
-TFDS reads files at random places only where they were prepared with file_format="array_record".
+NAME is a prepared set, NAME/CONFIG:VERSION in full, in `dir` or in TFDS's own folder; SPLIT may be a slice such as
+train[:90%]. `image` and `caption` name features, inner ones after a dot; where they are left out, the only image and
+a feature called caption, captions or text are taken. A caption from a class label is the name of the class. Labels
+are such names too. TFDS reads files at random places only where they were prepared with file_format="array_record".
 """
 
 import functools
@@ -44,22 +44,31 @@ class _Opened(NamedTuple):
 
 
 def tfds_source(pattern: str, how: Place) -> Source:
-    """The source of a prepared split; each of its files is a shard. Raises ValueError with the pattern and what is wrong with it."""
+    """The source of a prepared split, each file a shard. Raises ValueError with the pattern and what is wrong."""
     path, _, query = pattern.removeprefix("tfds://").partition("?")
     words = dict(parse_qsl(query, keep_blank_values=True))
     name, _, split = path.rpartition("/")
     unknown = sorted(set(words) - {"dir", "image", "caption"})
     if not name or not split or unknown:
-        raise ValueError(f"data.source {pattern!r}: write tfds://NAME/SPLIT?dir=FOLDER&image=FEATURE&caption=FEATURE, the query as needed")
-    asked = _Split(pattern, name, split, words.get("dir", ""), words.get("image", ""), words.get("caption", how.caption_field))
+        raise ValueError(
+            f"data.source {pattern!r}: write tfds://NAME/SPLIT?dir=FOLDER&image=FEATURE&caption=FEATURE"
+        )
+    asked = _Split(
+        pattern, name, split, words.get("dir", ""), words.get("image", ""), words.get("caption", how.caption_field)
+    )
     opened = _open(asked)
     if how.captions and not opened.caption:
-        raise ValueError(f"data.source {pattern!r} has no feature {' or '.join(CAPTIONS)}; add ?caption= one of {', '.join(opened.features)}")
+        raise ValueError(
+            f"data.source {pattern!r} has no feature {' or '.join(CAPTIONS)}; "
+            f"add ?caption= one of {', '.join(opened.features)}"
+        )
     counts = np.array(opened.lengths, np.int64)
     shards = tuple(f"{pattern}#{i}" for i in range(len(counts)))
     starts = np.append(0, np.cumsum(counts))
     version = digest(f"{pattern} {opened.version} {opened.lengths}")
-    return Source(pattern, version, shards, counts, np.zeros_like(counts), functools.partial(_read, asked, starts), _nothing)
+    return Source(
+        pattern, version, shards, counts, np.zeros_like(counts), functools.partial(_read, asked, starts), _nothing
+    )
 
 
 def _nothing() -> Iterator[Bad]:

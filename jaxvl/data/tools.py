@@ -1,4 +1,4 @@
-"""What `jaxvl data` does: index shards, check every sample, describe them, make new ones. Tables, or JSON where asked for."""
+"""What `jaxvl data` does: index shards, check every sample, describe them, make new ones; tables or JSON."""
 
 import collections
 import hashlib
@@ -25,49 +25,55 @@ QUANTILES = {"least": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "most": 1.0
 
 
 class ShardCount(NamedTuple):
-    """One shard: usable samples, bad ones by reason, which together are all its samples, and the reasons of its own damage."""
+    """One shard: number of usable samples and keys of bad ones by reason, together all; reasons of its damage."""
 
     shard: str
     good: int
-    bad: dict[str, int]
+    bad: dict[str, list[str]]
     damage: dict[str, int]
 
 
-def index(paths: Sequence[str], json: bool = False, rebuild: bool = False, index: str = "", cache: str = "") -> int:
-    """Index the shards that `paths` name and print what the indexes know. Returns 0, or 1 where no sample can be used."""
-    sources = open_sources(paths, index, cache, rebuild)
+def index(paths: Sequence[str], json: bool = False, rebuild: bool = False, indexes: str = "", cache: str = "") -> int:
+    """Index the shards that `paths` name and print what is known. Returns 0, or 1 where no sample can be used."""
+    sources = open_sources(paths, indexes, cache, rebuild)
     return _print_counts([count for source in sources for count in known_counts(source)], json)
 
 
-def check(paths: Sequence[str], json: bool = False, record: bool = False, index: str = "", cache: str = "") -> int:
-    """Decode every sample and print the reasons of those that cannot be used; good and bad of a shard add up to its index.
+def check(paths: Sequence[str], json: bool = False, record: bool = False, indexes: str = "", cache: str = "") -> int:
+    """Decode every sample and print why some cannot be used; good and bad of a shard add up to its index.
 
-    With `record`, what cannot be used becomes bad in the index, so that later runs leave it out; `index --rebuild` takes it back.
-    Returns 0, or 1 where no sample can be used.
+    With `record`, what cannot be used becomes bad in the index, so that later runs leave it out; `index --rebuild`
+    takes it back. Returns 0, or 1 where no sample can be used.
     """
     counts = []
-    for source in open_sources(paths, index, cache):
+    for source in open_sources(paths, indexes, cache):
         failures = check_source(source)
         for count, failed in zip(known_counts(source), failures, strict=True):
-            bad = collections.Counter(count.bad) + collections.Counter(failed.values())
-            counts.append(count._replace(good=count.good - len(failed), bad=dict(bad)))
+            for key, reason in failed.values():
+                count.bad.setdefault(reason, []).append(key)
+            counts.append(count._replace(good=count.good - len(failed)))
         if record:
-            _record(source, failures, place_of(DataOptions(index=index, cache=cache)).index)
+            _record(source, failures, place_of(DataOptions(indexes=indexes, cache=cache)).indexes)
     return _print_counts(counts, json)
 
 
-def stats(paths: Sequence[str], json: bool = False, index: str = "", cache: str = "") -> int:
-    """Print counts, sizes, shapes, caption lengths and duplicates of the samples that `paths` name, or of an even 100,000 of them.
+def stats(paths: Sequence[str], json: bool = False, indexes: str = "", cache: str = "") -> int:
+    """Print counts, sizes, shapes, caption lengths and duplicates, of an even 100,000 samples where there are more.
 
     Returns 0, or 1 where no sample can be used.
     """
-    sources = open_sources(paths, index, cache)
+    sources = open_sources(paths, indexes, cache)
     good = sum(int(s.counts.sum()) for s in sources)
     every = max(1, good // SAMPLED)
     jobs = [(source, shard) for source, s in enumerate(sources) for shard in range(len(s.shards))]
     looks = progress(parallel(_look, (sources, every), jobs, _workers(good)), len(jobs), "reading samples")
     rows = [row for look in looks for row in look]
-    report = {"samples": good, "bad": sum(int(s.bad.sum()) for s in sources), "shards": len(jobs), "looked at": len(rows)}
+    report = {
+        "samples": good,
+        "bad": sum(int(s.bad.sum()) for s in sources),
+        "shards": len(jobs),
+        "looked at": len(rows),
+    }
     report |= _describe(rows) if rows else {}
     if json:
         print(jsonlib.dumps(report))
@@ -77,14 +83,14 @@ def stats(paths: Sequence[str], json: bool = False, index: str = "", cache: str 
 
 
 def make(what: str, out: Path, part: str = "train", size: int | None = None, per_shard: int = 1000) -> int:
-    """Write shards into `out`: of the embedded set for "glyphs" (its `part`, `size` images), else of the folder `what`. Returns 0."""
+    """Write shards into `out`: for "glyphs" `size` images of a `part`, else the images of folder `what`. Returns 0."""
     from jaxvl.data import glyphs
     from jaxvl.data.make import make_shards
 
     if what == "glyphs":
         if per_shard != glyphs.SHARD:
             raise ValueError(f"glyphs come in shards of {glyphs.SHARD}; {per_shard} a shard is for folders")
-        shards, left_out = glyphs.write_shards(out, part, size), []
+        shards, left_out = glyphs.write_shards(out, part, size), list[str]()
     else:
         if size is not None or part != "train":
             raise ValueError("part and size are for glyphs; a folder is written whole")
@@ -97,42 +103,48 @@ def make(what: str, out: Path, part: str = "train", size: int | None = None, per
 
 def known_counts(source: Source) -> list[ShardCount]:
     """What the index knows of every shard of a source."""
-    bad: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    damage: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    for fault in source.known():
-        (bad if fault.key else damage)[fault.shard][fault.reason] += 1
-    return [ShardCount(s, int(n), dict(bad[s]), dict(damage[s])) for s, n in zip(source.shards, source.counts, strict=True)]
+    counts = {s: ShardCount(s, int(n), {}, {}) for s, n in zip(source.shards, source.counts, strict=True)}
+    for shard, key, reason in source.known():
+        if key:
+            counts[shard].bad.setdefault(reason, []).append(key)
+        else:
+            counts[shard].damage[reason] = counts[shard].damage.get(reason, 0) + 1
+    return list(counts.values())
 
 
-def check_source(source: Source) -> list[dict[int, str]]:
-    """Of every shard, the rows whose samples cannot be used although the index has them, and why."""
+def check_source(source: Source) -> list[dict[int, tuple[str, str]]]:
+    """Of every shard, the rows whose samples cannot be used although the index has them: row -> key, reason."""
     shards = range(len(source.shards))
-    return list(progress(parallel(_check_shard, source, shards, _workers(int(source.counts.sum()))), len(shards), "checking shards"))
+    return list(
+        progress(
+            parallel(_check_shard, source, shards, _workers(int(source.counts.sum()))), len(shards), "checking shards"
+        )
+    )
 
 
-def _check_shard(source: Source, shard: int) -> dict[int, str]:
+def _check_shard(source: Source, shard: int) -> dict[int, tuple[str, str]]:
     how, want = decode_options(DataOptions()), Want(alternates=False, fields=False)
     failures = {}
     for row in range(int(source.counts[shard])):
         record = source.read(shard, row, want)
         if isinstance(record, Bad):
-            failures[row] = record.reason
+            failures[row] = record.key, record.reason
             continue
         try:
             decode.decode_eval(record.image, how)
         except decode.Undecodable as error:
-            failures[row] = error.reason
+            failures[row] = record.key, error.reason
     return failures
 
 
-def _record(source: Source, failures: list[dict[int, str]], folder: str) -> None:
+def _record(source: Source, failures: list[dict[int, tuple[str, str]]], folder: str) -> None:
     if source.name.startswith("tfds://"):
         raise ValueError(f"{source.name} has no index to record in; only shards of tar files have")
     with locked(Path(folder) / "build.lock"):
         for shard, failed in zip(source.shards, failures, strict=True):
             if failed:
                 path = Path(index_path(shard, folder))
-                save_index(exclude(load_index(path), failed), path)
+                save_index(exclude(load_index(path), {row: reason for row, (_, reason) in failed.items()}), path)
 
 
 def _look(shared: tuple[list[Source], int], job: tuple[int, int]) -> list[tuple]:
@@ -149,7 +161,18 @@ def _look(shared: tuple[list[Source], int], job: tuple[int, int]) -> list[tuple]
         except decode.Undecodable:
             continue
         main = record.captions[0]
-        rows.append((len(record.image), width, height, len(main), len(main.split()), len(record.captions), _digest(record.image), _digest(main.encode())))
+        rows.append(
+            (
+                len(record.image),
+                width,
+                height,
+                len(main),
+                len(main.split()),
+                len(record.captions),
+                _digest(record.image),
+                _digest(main.encode()),
+            )
+        )
     return rows
 
 
@@ -164,13 +187,19 @@ def _describe(rows: list[tuple]) -> dict[str, Any]:
         "image bytes": size, "width": width, "height": height, "width / height": width / height,
         "caption characters": characters, "caption words": words, "captions a sample": number,
     }  # fmt: skip
-    spread = {name: {q: round(float(np.quantile(v, at)), 3) for q, at in QUANTILES.items()} for name, v in columns.items()}
-    return {"repeated images": len(rows) - len(set(images)), "repeated captions": len(rows) - len(set(captions)), "spread": spread}
+    spread = {
+        name: {q: round(float(np.quantile(v, at)), 3) for q, at in QUANTILES.items()} for name, v in columns.items()
+    }
+    return {
+        "repeated images": len(rows) - len(set(images)),
+        "repeated captions": len(rows) - len(set(captions)),
+        "spread": spread,
+    }
 
 
-def open_sources(paths: Sequence[str], index: str, cache: str, rebuild: bool = False) -> list[Source]:
+def open_sources(paths: Sequence[str], indexes: str, cache: str, rebuild: bool = False) -> list[Source]:
     """The sources that `paths` name, as training opens them."""
-    place = place_of(DataOptions(index=index, cache=cache))._replace(rebuild=rebuild)
+    place = place_of(DataOptions(indexes=indexes, cache=cache))._replace(rebuild=rebuild)
     return [open_source(path, place) for path in paths]
 
 
@@ -179,29 +208,43 @@ def _workers(samples: int) -> int:
 
 
 def _print_counts(counts: list[ShardCount], json: bool) -> int:
-    reasons, damage = collections.Counter(), collections.Counter()
+    reasons: collections.Counter[str] = collections.Counter()
+    damage: collections.Counter[str] = collections.Counter()
     for count in counts:
-        reasons.update(count.bad)
+        reasons.update({reason: len(keys) for reason, keys in count.bad.items()})
         damage.update(count.damage)
     good = sum(c.good for c in counts)
     if json:
         shards = [c._asdict() for c in counts]
-        print(jsonlib.dumps({"good": good, "bad": reasons.total(), "reasons": dict(reasons), "damage": dict(damage), "shards": shards}))
+        print(
+            jsonlib.dumps(
+                {
+                    "good": good,
+                    "bad": reasons.total(),
+                    "reasons": dict(reasons),
+                    "damage": dict(damage),
+                    "shards": shards,
+                }
+            )
+        )
         return 0 if good else 1
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table("shard", "samples", "good", "bad", "reasons", "damage", title=f"{len(counts)} shards")
-    worst = sorted(counts, key=lambda c: -sum(c.bad.values()) - sum(c.damage.values()))[:SHOWN]
-    for count in [c for c in counts if c in worst] if len(counts) > SHOWN else counts:
-        bad = sum(count.bad.values())
+    faults = {c.shard: sum(map(len, c.bad.values())) for c in counts}
+    worst = set(sorted(faults, key=lambda shard: -faults[shard])[:SHOWN])
+    for count in (c for c in counts if c.shard in worst):
+        bad, words = faults[count.shard], _words({reason: len(keys) for reason, keys in count.bad.items()})
         name = Text(count.shard, overflow="fold")
-        table.add_row(name, f"{count.good + bad:,}", f"{count.good:,}", f"{bad:,}", _words(count.bad), _words(count.damage))
+        table.add_row(name, f"{count.good + bad:,}", f"{count.good:,}", f"{bad:,}", words, _words(count.damage))
     if len(counts) > SHOWN:
         table.add_row(f"... and {len(counts) - SHOWN} more, with fewer faults", "", "", "", "", "")
     table.add_section()
-    table.add_row("all", f"{good + reasons.total():,}", f"{good:,}", f"{reasons.total():,}", _words(reasons), _words(damage))
+    table.add_row(
+        "all", f"{good + reasons.total():,}", f"{good:,}", f"{reasons.total():,}", _words(reasons), _words(damage)
+    )
     console = Console()
     console.print(table)
     for word in sorted({*reasons, *damage}):

@@ -1,4 +1,4 @@
-"""Small shards for the data tests: pictures that tell which sample they are, tars of any members, a tokenizer of letters."""
+"""Small shards: pictures that tell which sample they are, tars of any members, a tokenizer of letters."""
 
 import io
 import json
@@ -28,7 +28,11 @@ def members(number: int, key: str | None = None, **fields: object) -> list[tuple
     """The three members of sample `number`, with captions "number N" and "also N"."""
     key = f"{number:06d}" if key is None else key
     meta = {"captions": [f"number {number}", f"also {number} in more words"], "class": f"c{number % 3}", **fields}
-    return [(f"{key}.png", picture(number)), (f"{key}.txt", f"number {number}".encode()), (f"{key}.json", json.dumps(meta).encode())]
+    return [
+        (f"{key}.png", picture(number)),
+        (f"{key}.txt", f"number {number}".encode()),
+        (f"{key}.json", json.dumps(meta).encode()),
+    ]
 
 
 def tar_bytes(entries: Iterable[tuple[str, bytes] | tarfile.TarInfo], kind: int = tarfile.USTAR_FORMAT) -> bytes:
@@ -57,7 +61,15 @@ def write_shards(folder: Path, counts: Iterable[int], first: int = 0) -> str:
 
 def options(source: str | tuple[str, ...], folder: Path, **changes: object) -> DataOptions:
     """Options for quick tests: 8-pixel images, two threads, no processes, indexes under `folder`."""
-    quick = {"image_size": 8, "crop_scale": (1.0, 1.0), "threads": 2, "workers": 0, "group_shards": 2, "chunk": 3, "cache": str(folder / "cache")}
+    quick = {
+        "image_size": 8,
+        "crop_scale": (1.0, 1.0),
+        "threads": 2,
+        "workers": 0,
+        "group_shards": 2,
+        "chunk": 3,
+        "cache": str(folder / "cache"),
+    }
     return DataOptions(source=source, **(quick | changes))
 
 

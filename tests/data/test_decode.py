@@ -5,17 +5,19 @@ import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 import simplejpeg
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageOps
 
-from jaxvl.data import decode, pixels
+from jaxvl.data import augment, decode, pixels
 from jaxvl.data.decode import DecodeOptions, Undecodable, decode_eval, decode_full, decode_train, probe, random_box
 
 OPTIONS = DecodeOptions(size=32)
 FULL = OPTIONS._replace(dct_margin=float("inf"))
+resize_on_device = jax.jit(augment.resize, static_argnums=2)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -62,6 +64,22 @@ def test_eval_takes_the_centre_or_the_whole(fit):
     side = image.crop((50, 0, 250, 200)) if fit == "crop" else image
     got = decode_eval(encode(image, "PNG"), OPTIONS._replace(fit=fit))
     assert psnr(got, np.asarray(side.resize((32, 32), Image.Resampling.BICUBIC))) > 50
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6])
+@pytest.mark.parametrize("size", [(41, 47), (75, 51), (301, 203), (900, 1100)])
+def test_a_canvas_resized_on_the_device_is_the_hosts_crop(size, orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture(*size), kind, exif=exif)
+    for seed in range(2):
+        canvas, frame = decode.decode_canvas(data, OPTIONS, draws(seed))
+        assert canvas.shape == (decode.canvas_side(OPTIONS),) * 2 + (3,) and canvas.dtype == np.uint8 and frame.dtype == np.float32
+        x0, y0, x1, y1, width, height = frame
+        assert 0 <= x0 < 1 and 0 <= y0 < 1 and width - 1 < x1 <= width and height - 1 < y1 <= height
+        got = resize_on_device(canvas[None], frame[None], 32)[0]
+        assert psnr(got, decode_train(data, OPTIONS, draws(seed))) > (50 if max(size) < (80 if kind == "JPEG" else 60) else 38)  # a larger one comes averaged
 
 
 def test_dct_scaling_is_chosen_by_what_is_left(monkeypatch):

@@ -3,7 +3,10 @@
 import itertools
 import json
 import multiprocessing
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,18 +16,10 @@ import numpy as np
 import pytest
 
 from jaxvl.data import stream
+from jaxvl.data.dataset import captions
 from jaxvl.data.reasons import REASONS
 from jaxvl.data.source import Record
-from jaxvl.data.stream import (
-    BadData,
-    Batch,
-    DataOptions,
-    captions,
-    eval_batches,
-    open_data,
-    read_samples,
-    train_batches,
-)
+from jaxvl.data.stream import BadData, Batch, DataOptions, eval_batches, open_data, read_samples, train_batches
 from tests.data.shards import Letters, members, number_of, options, picture, tar_bytes, write_shards
 
 COUNTS = (7, 5, 9, 1, 8)  # 30 samples
@@ -42,7 +37,9 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder, first = tmp_path_factory.mktemp("broken"), 0
     for shard, count in enumerate(COUNTS):
         entries = [m for n in range(first, first + count) for m in members(n)]
-        entries = [(name, b"no image" if name.endswith("png") and int(name[:6]) in BROKEN else data) for name, data in entries]
+        entries = [
+            (name, b"no image" if name.endswith("png") and int(name[:6]) in BROKEN else data) for name, data in entries
+        ]
         (folder / f"{shard:04d}.tar").write_bytes(tar_bytes(entries))
         first += count
     return str(folder)
@@ -75,7 +72,11 @@ def assert_resumes_everywhere(make: Callable[[int], Iterator[Batch]], batch_size
 def glued(parts: list[list[Batch]]) -> list[Batch]:
     """Global batches out of the batches of several hosts."""
     return [
-        Batch({k: np.concatenate([b.arrays[k] for b in row]) for k in row[0].arrays}, np.concatenate([b.ids for b in row]), sum((b.bad for b in row), ()))
+        Batch(
+            {k: np.concatenate([b.arrays[k] for b in row]) for k in row[0].arrays},
+            np.concatenate([b.ids for b in row]),
+            sum((b.bad for b in row), ()),
+        )
         for row in zip(*parts, strict=True)
     ]
 
@@ -93,7 +94,9 @@ def test_what_a_batch_holds(shards: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(tokens, Letters().encode_batch([f"number {n}" for n in numbers]))
 
 
-@pytest.mark.parametrize("changes", [{}, {"captions": "random", "label": "class", "threads": 5, "chunk": 1, "group_shards": 0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"captions": "random", "label": "class", "threads": 5, "chunk": 1, "group_shards": 0}]
+)
 def test_hosts_threads_and_pieces_do_not_matter(broken: str, tmp_path: Path, changes: dict) -> None:
     dataset = open_data(options(broken, tmp_path, **changes))
     alone = take(train_batches(dataset, Letters(), seed=4, start=6, batch_size=12), 6)
@@ -119,13 +122,55 @@ def test_workers_do_not_matter_and_go(broken: str, tmp_path: Path) -> None:
     assert {p.name for p in Path("/dev/shm").iterdir() if p.name.startswith("psm")} <= shared
 
 
+ORPHANS = """
+import multiprocessing, os, sys
+from pathlib import Path
+from jaxvl.data.stream import open_data, train_batches
+from tests.data.shards import Letters, options
+
+if __name__ == "__main__":
+    dataset = open_data(options(sys.argv[1], Path(sys.argv[2]), workers=1))
+    batches = train_batches(dataset, Letters(), seed=0, start=0, batch_size=4)
+    next(batches)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, 15)  # as a scheduler does to every process of a job
+    for _ in range(50):
+        next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_workers_outlive_a_sigterm_but_not_their_parent(shards: str, tmp_path: Path) -> None:
+    script = tmp_path / "orphans.py"
+    script.write_text(ORPHANS)
+    where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(
+        [sys.executable, script, shards, tmp_path], env=where, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert run.returncode == -9 and run.stdout.split(), run.stderr
+    left = {int(pid) for pid in run.stdout.split()}
+    for _ in range(100):
+        left = {
+            pid
+            for pid in left
+            if Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+        }
+        if not left:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"processes {left} outlive their parent")
+
+
 def test_resume_at_every_batch(broken: str, tmp_path: Path) -> None:
     dataset = open_data(options(broken, tmp_path, captions="random"))
-    assert_resumes_everywhere(lambda start: train_batches(dataset, Letters(), seed=1, start=start, batch_size=11), 11, 8)
+    assert_resumes_everywhere(
+        lambda start: train_batches(dataset, Letters(), seed=1, start=start, batch_size=11), 11, 8
+    )
 
 
 def test_resume_of_a_mixture(shards: str, broken: str, tmp_path: Path) -> None:
-    dataset = open_data(options((shards, broken), tmp_path, weights=(1.0, 3.0), max_bad_rate=0.5))
+    dataset = open_data(options((shards, broken), tmp_path, weights=(1.0, 3.0), max_bad_rate=0.5, chunk=50))
     make = lambda start: train_batches(dataset, Letters(), seed=1, start=start, batch_size=250)
     assert_resumes_everywhere(make, 250, 4)
     ids = np.concatenate([b.ids for b in take(make(0), 4)])
@@ -160,7 +205,9 @@ def test_substitutes_and_their_account(broken: str, tmp_path: Path) -> None:
 
 
 def test_too_many_bad_samples_stop_the_run(broken: str, tmp_path: Path) -> None:
-    batches = train_batches(open_data(options(broken, tmp_path, max_bad_rate=0.05)), Letters(), seed=0, start=0, batch_size=30)
+    batches = train_batches(
+        open_data(options(broken, tmp_path, max_bad_rate=0.05)), Letters(), seed=0, start=0, batch_size=30
+    )
     with pytest.raises(BadData, match=r"(?s)above data.max_bad_rate=0.05.*notimage.*0000.tar") as error:
         for number, _ in enumerate(batches):
             assert number < 60
@@ -172,19 +219,34 @@ def test_too_many_known_bad_samples_stop_it_at_once(tmp_path: Path) -> None:
     with pytest.raises(BadData, match=r"(?s)2 of 3 samples are bad, above data.max_bad_rate=0.1:.*nocaption.*x.tar"):
         open_data(options(str(tmp_path / "x.tar"), tmp_path))
     dataset = open_data(options(str(tmp_path / "x.tar"), tmp_path, max_bad_rate=0.7))
-    assert len(dataset) == 1 and {(b.key, b.reason) for b in dataset.bad} == {("000001", "nocaption"), ("000002", "noimage")}
+    assert len(dataset) == 1 and {(b.key, b.reason) for b in dataset.bad} == {
+        ("000001", "nocaption"),
+        ("000002", "noimage"),
+    }
 
 
 def test_nothing_but_bad_samples_is_an_error_not_a_loop(tmp_path: Path) -> None:
-    (tmp_path / "x.tar").write_bytes(tar_bytes([(name, b"<html>" if name.endswith("png") else data) for n in range(9) for name, data in members(n)]))
-    batches = train_batches(open_data(options(str(tmp_path / "x.tar"), tmp_path, max_bad_rate=1.0)), Letters(), seed=0, start=0, batch_size=4)
+    (tmp_path / "x.tar").write_bytes(
+        tar_bytes([(name, b"<html>" if name.endswith("png") else data) for n in range(9) for name, data in members(n)])
+    )
+    batches = train_batches(
+        open_data(options(str(tmp_path / "x.tar"), tmp_path, max_bad_rate=1.0)),
+        Letters(),
+        seed=0,
+        start=0,
+        batch_size=4,
+    )
     with pytest.raises(BadData, match=r"(?s)sample \d and 16 substitutes.*notimage.*x.tar"):
         next(batches)
 
 
 def test_errors_in_workers_are_the_readers_own(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
-    path.write_bytes(tar_bytes([(name, b"no image" if name.endswith("png") else data) for n in range(9) for name, data in members(n)]))
+    path.write_bytes(
+        tar_bytes(
+            [(name, b"no image" if name.endswith("png") else data) for n in range(9) for name, data in members(n)]
+        )
+    )
     dataset = open_data(options(str(path), tmp_path, max_bad_rate=1.0, workers=1))
     with pytest.raises(BadData, match="16 substitutes"):
         next(train_batches(dataset, Letters(), seed=0, start=0, batch_size=4))
@@ -202,7 +264,11 @@ def test_a_shard_that_changes_under_the_run(tmp_path: Path) -> None:
 def test_choice_of_captions(shards: str, tmp_path: Path, how: str) -> None:
     dataset = open_data(options(shards, tmp_path, captions=how))
     batches = take(train_batches(dataset, Letters(), seed=0, start=0, batch_size=30), 8)
-    chosen = [(bytes(row[row > 0].tolist()).decode(), n) for b in batches for row, n in zip(b.arrays["tokens"], b.ids, strict=True)]
+    chosen = [
+        (bytes(row[row > 0].tolist()).decode(), n)
+        for b in batches
+        for row, n in zip(b.arrays["tokens"], b.ids, strict=True)
+    ]
     long = [text.startswith("also") for text, _ in chosen]
     assert all(text.split()[1].startswith(str(n)[:4]) for text, n in chosen)
     assert np.mean(long) == {"first": 0, "longest": 1}.get(how) or (how == "random" and 0.3 < np.mean(long) < 0.7)
@@ -210,7 +276,9 @@ def test_choice_of_captions(shards: str, tmp_path: Path, how: str) -> None:
 
 def test_captions_in_a_field(tmp_path: Path) -> None:
     fields = [json.dumps({"alt": text}).encode() for text in ("one", ["two", "deux"], "", 4)]
-    (tmp_path / "x.tar").write_bytes(tar_bytes([m for n, data in enumerate(fields) for m in ((f"{n}.png", picture(n)), (f"{n}.json", data))]))
+    (tmp_path / "x.tar").write_bytes(
+        tar_bytes([m for n, data in enumerate(fields) for m in ((f"{n}.png", picture(n)), (f"{n}.json", data))])
+    )
     dataset = open_data(options(str(tmp_path / "x.tar"), tmp_path, caption_field="alt", captions="random"))
     found = list(read_samples(dataset, range(4)))
     assert [r.captions for r in found[:2]] == [("one",), ("two", "deux")]
@@ -220,7 +288,11 @@ def test_captions_in_a_field(tmp_path: Path) -> None:
 
 
 def test_images_without_captions_and_number_labels(tmp_path: Path) -> None:
-    entries = [(f"{n}.{e}", data) for n in range(6) for e, data in (("webp", picture(n, "WEBP", lossless=True)), ("cls", b"%d\n" % (n + 40)))]
+    entries = [
+        (f"{n}.{e}", data)
+        for n in range(6)
+        for e, data in (("webp", picture(n, "WEBP", lossless=True)), ("cls", b"%d\n" % (n + 40)))
+    ]
     (tmp_path / "x.tar").write_bytes(tar_bytes([*entries, ("6.webp", picture(6))]))
     dataset = open_data(options(str(tmp_path / "x.tar"), tmp_path, captions="none", label="cls"))
     batch = take(train_batches(dataset, None, seed=0, start=0, batch_size=7), 1)[0]
@@ -234,7 +306,10 @@ def test_images_without_captions_and_number_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_evaluation_has_every_good_sample_once_in_order(broken: str, tmp_path: Path, hosts: int) -> None:
     dataset, edges = open_data(options(broken, tmp_path, label="class")), [8 * h // hosts for h in range(hosts + 1)]
-    parts = [list(eval_batches(dataset, Letters(), batch_size=8, rows=(a, b), captions=3)) for a, b in itertools.pairwise(edges)]
+    parts = [
+        list(eval_batches(dataset, Letters(), batch_size=8, rows=(a, b), captions=3))
+        for a, b in itertools.pairwise(edges)
+    ]
     batches = glued(parts)
     assert len(batches) == 4
     whole = {k: np.concatenate([b.arrays[k] for b in batches]) for k in batches[0].arrays}
@@ -242,7 +317,11 @@ def test_evaluation_has_every_good_sample_once_in_order(broken: str, tmp_path: P
     assert ids[whole["valid"]].tolist() == good and (ids[~whole["valid"]] == -1).all() and len(ids) == 32
     assert [number_of(p) for p in whole["image"][whole["valid"]]] == good
     assert whole["captions"].tolist() == [2 if n in good else 0 for n in range(32)]
-    texts = Letters().encode_batch([t for n in good for t in (f"number {n}", f"also {n} in more words")]).reshape(len(good), 2, -1)
+    texts = (
+        Letters()
+        .encode_batch([t for n in good for t in (f"number {n}", f"also {n} in more words")])
+        .reshape(len(good), 2, -1)
+    )
     np.testing.assert_array_equal(whole["tokens"][whole["valid"], :2], texts)
     assert not whole["tokens"][:, 2].any() and not whole["tokens"][~whole["valid"]].any()
     assert whole["label"][whole["valid"]].tolist() == [n % 3 for n in good]
@@ -288,6 +367,14 @@ def test_samples_and_captions_as_they_are(shards: str, tmp_path: Path) -> None:
 def test_options_that_cannot_be(tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_data(DataOptions(**{"source": "x.tar", "cache": str(tmp_path)} | changes))
+
+
+def test_a_share_for_nothing_is_an_error(shards: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.tar").write_bytes(b"")
+    source = (shards, str(tmp_path / "empty.tar"))
+    assert len(open_data(options(source, tmp_path))) == 30
+    with pytest.raises(BadData, match=r"gives .*empty\.tar a share, but none of its samples"):
+        open_data(options(source, tmp_path, weights=(1.0, 1.0)))
 
 
 def test_the_same_shard_twice_is_an_error(shards: str, tmp_path: Path) -> None:

@@ -25,7 +25,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         def _info(self) -> tfds.core.DatasetInfo:
             texts = features.Sequence({"text": features.Text(), "id": np.int64})
             label = features.ClassLabel(names=["cat", "dog"])
-            kinds = {"image": features.Image(encoding_format="png"), "caption": features.Text(), "captions": texts, "label": label}
+            kinds = {
+                "image": features.Image(encoding_format="png"),
+                "caption": features.Text(),
+                "captions": texts,
+                "label": label,
+            }
             return tfds.core.DatasetInfo(builder=self, features=features.FeaturesDict(kinds))
 
         def _split_generators(self, _: object) -> dict:
@@ -34,7 +39,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         def _generate_examples(self):
             for n in range(10):
                 captions = [{"text": f"one {n}", "id": n}, {"text": f"two {n}", "id": n + 1}]
-                yield n, {"image": io.BytesIO(picture(n)), "caption": "" if n == 3 else f"number {n}", "captions": captions, "label": n % 2}
+                yield (
+                    n,
+                    {
+                        "image": io.BytesIO(picture(n)),
+                        "caption": "" if n == 3 else f"number {n}",
+                        "captions": captions,
+                        "label": n % 2,
+                    },
+                )
 
     folder = tmp_path_factory.mktemp("tfds")
     settings = tfds.download.DownloadConfig(num_shards=2)
@@ -52,12 +65,19 @@ def test_every_sample_with_its_label(prepared: Path, tmp_path: Path) -> None:
     assert [n % 2 for n in numbers] == batches[0].arrays["label"][batches[0].arrays["valid"]].tolist()
     texts = Letters().encode_batch([f"number {n}" for n in numbers])
     np.testing.assert_array_equal(batches[0].arrays["tokens"][batches[0].arrays["valid"], 0], texts)
-    ids = np.concatenate([b.ids for b, _ in zip(train_batches(dataset, Letters(), seed=0, start=0, batch_size=5), range(2), strict=False)])
+    ids = np.concatenate(
+        [
+            b.ids
+            for b, _ in zip(train_batches(dataset, Letters(), seed=0, start=0, batch_size=5), range(2), strict=False)
+        ]
+    )
     assert len(set(ids.tolist())) >= 9
     assert "tensorflow" not in sys.modules
 
 
-@pytest.mark.parametrize(("caption", "first"), [("captions.text", "one"), ("label", ("cat", "dog")), ("caption", "number")])
+@pytest.mark.parametrize(
+    ("caption", "first"), [("captions.text", "one"), ("label", ("cat", "dog")), ("caption", "number")]
+)
 def test_captions_from_any_feature(prepared: Path, tmp_path: Path, caption: str, first: str | tuple[str, ...]) -> None:
     pattern = f"tfds://toy/train[:50%]?dir={prepared.parent.parent}&caption={caption}"
     records = [r for r in read_samples(open_data(options(pattern, tmp_path)), range(5)) if hasattr(r, "captions")]
