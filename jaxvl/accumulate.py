@@ -11,7 +11,7 @@ https://arxiv.org/abs/2101.06983; Pham et al., Combined Scaling for Zero-shot Tr
 https://arxiv.org/abs/2111.10050, section 4.
 
 One microbatch is not encoded twice: the last of pass 1 is the first of pass 3, and keeps its activations in between. With k
-microbatches a step costs (4k - 1) / 3k forward passes' worth of one that is not cut, the backward pass counted as two.
+microbatches the arithmetic is (4k - 1) / 3k of that of an uncut step, a backward pass counted as two forward ones: below 4/3.
 """
 from collections.abc import Callable
 from typing import Any
@@ -59,7 +59,7 @@ def value_and_grad(method: Method, accumulate: int) -> Callable[[Any, Any, Batch
         def pull(grads: Any, i: Any, pull_i: Callable) -> Any:
             return jax.tree.map(jnp.add, grads, pull_i(jax.tree.map(lambda d: d[:, i], dz))[0])
 
-        # Where pass 1 is a single step, the compiler would else find the two passes alike and keep all activations.
+        # Without the barrier nothing keeps the compiler from merging the two passes, and all activations with them.
         grads, params = lax.optimization_barrier((pull(grads, last, pull_last), params))
 
         def encode_again(grads: Any, i: jax.Array) -> tuple[Any, None]:

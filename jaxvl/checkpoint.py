@@ -18,9 +18,9 @@ import orbax.checkpoint as ocp
 
 from jaxvl import manifest
 from jaxvl.manifest import DamagedError, whole_steps
-from jaxvl.restore import Restored, agree, array_type, leaves_by_path, restore, restore_params, verified
+from jaxvl.restore import Restored, agree, array_type, leaves_by_path, read_leaves, restore, restore_params, verified
 
-__all__ = ["CheckpointOptions", "Restored", "SaveError", "Saver", "best_step", "check", "open_saver", "restore", "restore_params", "verified"]
+__all__ = ["CheckpointOptions", "Restored", "SaveError", "Saver", "best_step", "check", "open_saver", "read_leaves", "restore", "restore_params", "verified", "whole_steps"]
 
 log = logging.getLogger(__name__)
 # The operating system's words, which say it all; anything else is shown with its traceback through Orbax and TensorStore.
@@ -61,7 +61,7 @@ def open_saver(folder: Path, options: CheckpointOptions) -> "Saver":
     """
     check(options)
     if ":/" in str(folder):
-        raise ValueError(f"the checkpoint folder is {str(folder)!r}; it must be a path, so mount the bucket (gcsfuse, s3fs) and give the mount point")
+        raise ValueError(f"the checkpoint folder is {str(folder)!r}; it must be on a file system all processes share (NFS, Lustre, ...): a bucket cannot rename a folder at once")
     folder, held, error = Path(folder).absolute(), None, None
     if jax.process_index() == 0:
         try:

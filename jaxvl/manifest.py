@@ -4,6 +4,7 @@ A step is the folder `00001000` (its number, eight digits or more) of the checkp
 and renamed when its manifest is on disk, and renamed to `00001000.deleting` before it is deleted. So a folder named by digits
 alone has been whole, whenever the run was killed, and whatever its manifest does not confirm now is damage.
 """
+import errno
 import fcntl
 import hashlib
 import json
@@ -185,5 +186,8 @@ def _sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # file systems whose folders need no sync, or know none
+            raise
     finally:
         os.close(descriptor)

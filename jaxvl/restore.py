@@ -79,15 +79,24 @@ def _restore(folder: Path, abstract: Any, step: int | None, prefix: str) -> Rest
     if not saved and wanted:
         raise ValueError(f"{folder}: checkpoint step {found.step} has no {prefix}...; was the run's moving average off (config.optim.ema_decay=0)?")
     _same_leaves(saved, {k: array_type(v) for k, v in wanted.items()}, f"{folder}: checkpoint step {found.step}")
+    arrays = read_leaves(folder, found.step, wanted)
+    return Restored(found.step, jax.tree.unflatten(jax.tree.structure(abstract), [arrays[k] for k in wanted]), found.meta)
+
+
+def read_leaves(folder: Path, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """Leaves by path of a step that `verified` has passed, in the shapes and dtypes they were saved in.
+
+    Each is read straight into its sharding, and into a numpy array where it has none.
+    """
     solid = {k: v for k, v in wanted.items() if v.size}
     how = {k: ocp.RestoreArgs(restore_type=np.ndarray) if v.sharding is None else ocp.ArrayRestoreArgs(sharding=v.sharding) for k, v in solid.items()}
     args = ocp.args.PyTreeRestore(item=solid, restore_args=how, partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        arrays = orbax.restore(manifest.step_folder(Path(folder).absolute(), found.step) / "state", args=args)
+        arrays = orbax.restore(manifest.step_folder(Path(folder).absolute(), step) / "state", args=args)
     for k, v in wanted.items():
         if not v.size:  # Orbax takes no arrays without elements
             arrays[k] = np.zeros(v.shape, v.dtype) if v.sharding is None else jax.device_put(np.zeros(v.shape, v.dtype), v.sharding)
-    return Restored(found.step, jax.tree.unflatten(jax.tree.structure(abstract), [arrays[k] for k in wanted]), found.meta)
+    return arrays
 
 
 def leaves_by_path(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -98,10 +98,9 @@ def test_both_passes_draw_the_same_dropout():
 
 
 def test_half_precision_towers_accumulate_in_float32():
-    (_, _), got = run(toy(dtype=jnp.bfloat16), 4)
-    (_, _), want = run(toy(dtype=jnp.bfloat16), 1)
-    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(got))
-    assert_same(got, want, 2e-2)
+    (_, _), grads = run(toy(dtype=jnp.bfloat16), 4)
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+    assert_same(grads, whole()[1], 3e-2)
 
 
 def compiled(accumulate, rows, width, depth):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import NamedSharding, PartitionSpec as P
+from running import environment, peers
 
 from jaxvl import checkpoint, manifest
 from jaxvl.checkpoint import CheckpointOptions, SaveError, best_step, open_saver, restore, restore_params, verified
@@ -413,12 +414,9 @@ print("SAID", json.dumps(said))
 
 def test_two_processes(tmp_path):
     """One manifest, one verdict: both processes agree on the damaged step, the lock and a failed save; one device reads it all."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    env = {**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path)]
-    runs = [subprocess.Popen(command, env={**env, "JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen(command, env=environment(**peer), **pipes) for peer in peers(2)]
     outs = [run.communicate(timeout=120) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outs
     said = [json.loads(out.split("SAID ")[1]) for out, _ in outs]
@@ -435,5 +433,5 @@ def test_two_processes(tmp_path):
 def test_options(tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         open_saver(tmp_path, CheckpointOptions(**options))
-    with pytest.raises(ValueError, match="mount the bucket"):
+    with pytest.raises(ValueError, match="a bucket cannot rename"):
         open_saver(Path("gs://bucket/run"), CheckpointOptions())

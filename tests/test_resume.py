@@ -6,7 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from running import STEPS, Progress, finish, leaves, metrics, reference, said, same_run, start, start_many  # noqa: F401
+from running import STEPS, Progress, finish, metrics, peers, reference, said, same_run, start  # noqa: F401
 
 from jaxvl import manifest
 from jaxvl.manifest import whole_steps
@@ -14,6 +14,7 @@ from jaxvl.train import TERMINATED
 
 
 def test_sigterm_saves(tmp_path, reference):  # noqa: F811
+    """The run that goes on from there reads its samples in worker processes, which changes nothing."""
     workdir = tmp_path / "run"
     progress, process = Progress(workdir), start(workdir)
     progress.wait(process, 13)
@@ -21,7 +22,7 @@ def test_sigterm_saves(tmp_path, reference):  # noqa: F811
     finish(process, workdir, TERMINATED)
     stopped = metrics(workdir)[-1]["step"]
     assert whole_steps(workdir / "checkpoints")[0] == stopped < STEPS
-    finish(start(workdir), workdir)
+    finish(start(workdir, "data.workers=2"), workdir)
     same_run(workdir, reference)
 
 
@@ -52,16 +53,10 @@ def test_full_disk(tmp_path, reference):  # noqa: F811
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_worker_processes_change_nothing(tmp_path, reference):  # noqa: F811
-    workdir = tmp_path / "run"
-    finish(start(workdir, "data.workers=2"), workdir)
-    same_run(workdir, reference)
-
-
 def test_other_hosts(tmp_path, reference):  # noqa: F811
     """Two processes see the global batches of one; SIGTERM to either stops both at one step; one process goes on from there."""
     workdir = tmp_path / "run"
-    progress, processes = Progress(workdir), start_many(workdir, 2)
+    progress, processes = Progress(workdir), [start(workdir, **peer, XLA_FLAGS="") for peer in peers(2)]
     progress.wait(processes[0], 3)
     processes[1].send_signal(signal.SIGTERM)
     for process in processes:

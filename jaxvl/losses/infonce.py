@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jax.nn import logsumexp
 from jax.typing import ArrayLike
 
-from jaxvl.losses import ring as rings
-from jaxvl.losses.ring import dot
+from jaxvl.losses import pairs, ring as rings
+from jaxvl.losses.pairs import dot
 
 
 def infonce(image: jax.Array, text: jax.Array, scale: ArrayLike, *, impl: str = "global") -> jax.Array:
@@ -42,7 +42,7 @@ def infonce(image: jax.Array, text: jax.Array, scale: ArrayLike, *, impl: str = 
     https://arxiv.org/abs/2103.00020, figure 3; van den Oord et al., Representation Learning with Contrastive Predictive
     Coding, 2018, https://arxiv.org/abs/1807.03748, equation 4.
     """
-    rings.check_pairs("infonce", image, text, impl)
+    pairs.check("infonce", image, text, impl)
     scale = jnp.asarray(scale, jnp.float32)
     return _ring(image, text, scale) if impl == "ring" else _global(image, text, scale)
 

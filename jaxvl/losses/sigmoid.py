@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid
 from jax.typing import ArrayLike
 
-from jaxvl.losses import ring as rings
-from jaxvl.losses.ring import dot
+from jaxvl.losses import pairs, ring as rings
+from jaxvl.losses.pairs import dot
 
 
 def sigmoid(image: jax.Array, text: jax.Array, scale: ArrayLike, bias: ArrayLike, *, impl: str = "global") -> jax.Array:
@@ -42,7 +42,7 @@ def sigmoid(image: jax.Array, text: jax.Array, scale: ArrayLike, bias: ArrayLike
     Reference: Zhai et al., Sigmoid Loss for Language Image Pre-Training, ICCV 2023, https://arxiv.org/abs/2303.15343,
     equation 1 and section 3.3 (the loss in blocks).
     """
-    rings.check_pairs("sigmoid", image, text, impl)
+    pairs.check("sigmoid", image, text, impl)
     scale, bias = (jnp.asarray(c, jnp.float32) for c in (scale, bias))
     return _ring(image, text, scale, bias) if impl == "ring" else _global(image, text, scale, bias)
 

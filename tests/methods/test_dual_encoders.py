@@ -33,12 +33,12 @@ def batch():
 
 @cache
 def built(name):
-    """The method, its parameters and the embeddings of the batch, jitted once for all tests."""
+    """The method, its parameters, and one program for embeddings and loss."""
     method = METHODS[name].build(IMAGE, TEXT, OPTIONS[name])
     spec = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch().items()}
     params, memory = jax.jit(lambda key: method.init(key, spec))(KEY)
-    faces = jax.jit(lambda p, b: (method.embed_image(p, b["image"]), method.embed_text(p, b["tokens"])))
-    return method, spec, params, memory, faces
+    run = jax.jit(lambda p, b: (method.embed_image(p, b["image"]), method.embed_text(p, b["tokens"]), *method.loss(p, memory, b, None)))
+    return method, spec, params, memory, run
 
 
 @EACH
@@ -61,11 +61,11 @@ def test_parameters_start_as_published(name):
 
 @EACH
 def test_loss_is_the_papers_loss_of_the_embeddings(name):
-    method, _, params, memory, faces = built(name)
-    x, y = (np.float64(z) for z in faces(params, batch()))
+    _, _, params, _, run = built(name)
+    x, y, loss, aux = run(params, batch())
+    x, y = np.float64(x), np.float64(y)
     np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(y, axis=1), 1, rtol=1e-5)
-    loss, aux = jax.jit(method.loss)(params, memory, batch(), None)
     if name == "clip":
         logits = x @ y.T / 0.07
         softmax = lambda l: np.exp(l) / np.exp(l).sum(1, keepdims=True)
@@ -80,11 +80,13 @@ def test_loss_is_the_papers_loss_of_the_embeddings(name):
 
 @EACH
 def test_an_embedding_depends_on_its_own_row(name):
-    _, _, params, _, faces = built(name)
+    _, _, params, _, run = built(name)
     order = np.roll(np.arange(B), 3)
-    plain = faces(params, batch())
-    for got, want in zip(faces(params, {k: v[order] for k, v in batch().items()}), plain, strict=True):
+    *plain, loss, _ = run(params, batch())
+    *permuted, permuted_loss, _ = run(params, {k: v[order] for k, v in batch().items()})
+    for got, want in zip(permuted, plain, strict=True):
         np.testing.assert_allclose(got, want[order], atol=1e-6)
+    np.testing.assert_allclose(permuted_loss, loss, rtol=1e-5)
 
 
 def test_accumulation_and_descent():

@@ -1,0 +1,16 @@
+"""What every loss over all pairs of an image and a text needs."""
+import jax
+import jax.numpy as jnp
+
+
+def check(loss: str, image: jax.Array, text: jax.Array, impl: str) -> None:
+    """Raises ValueError naming the loss and what it was given, where that cannot be."""
+    if image.ndim != 2 or image.shape != text.shape:
+        raise ValueError(f"{loss} takes image and text embeddings of one shape [batch, width], not {image.shape} and {text.shape}")
+    if impl not in ("global", "ring"):
+        raise ValueError(f"{loss}: impl={impl!r} is not one of: global, ring")
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b` in full float32, also where the hardware's default is less: logits are differences of large numbers."""
+    return jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
