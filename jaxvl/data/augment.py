@@ -115,8 +115,8 @@ def _sometimes(keys: jax.Array, probability: float, operation: Callable[..., jax
 
 
 def luma(x: jax.Array) -> jax.Array:
-    """ITU-R BT.601 luma of [..., 3] as [..., 1]."""
-    return x @ jnp.asarray([[0.299], [0.587], [0.114]], x.dtype)
+    """ITU-R BT.601 luma of [..., 3] as [..., 1]; a sum, because a matrix product may round levels to bfloat16."""
+    return (x * jnp.asarray([0.299, 0.587, 0.114], x.dtype)).sum(-1, keepdims=True)
 
 
 def color_jitter(keys: jax.Array, x: jax.Array, strength: tuple[float, float, float, float]) -> jax.Array:

@@ -25,7 +25,8 @@ class DataOptions(NamedTuple):
     captions: which of a sample's captions to train on, the first being KEY.txt, the others "captions" of KEY.json;
     "none" needs none. caption_field: the field of KEY.json that has the captions instead. label: a field of KEY.json,
     or "cls" for KEY.cls, to deliver as "label". image_size: pixels a side; crop_scale, crop_ratio, fit, dct_margin,
-    min_side, max_pixels: see decode.py. group_shards: shards whose samples are shuffled together, 0 for all. chunk:
+    min_side, max_pixels: see decode.py. resize: where training crops are resized; "device" saves the host the work and
+    ships canvases of up to 3.5 times the bytes. group_shards: shards whose samples are shuffled together, 0 for all. chunk:
     samples that one thread prepares at a time. threads (of each process) and workers (processes): 0 and -1 choose by
     the cores there are. prefetch: batches prepared ahead. max_bad_rate: share of bad samples above which the run
     stops. indexes: folder of the shards' indexes, by default in the cache. cache: folder for remote shards and
@@ -41,6 +42,7 @@ class DataOptions(NamedTuple):
     crop_scale: tuple[float, float] = CROP.crop_scale
     crop_ratio: tuple[float, float] = CROP.crop_ratio
     fit: Literal["crop", "squash"] = "crop"
+    resize: Literal["host", "device"] = "host"
     dct_margin: float = CROP.dct_margin
     min_side: int = CROP.min_side
     max_pixels: int = CROP.max_pixels
@@ -126,6 +128,8 @@ def check(options: DataOptions) -> None:
         raise ValueError(
             f"data.weights has {len(options.weights)} entries for {len(sources)} sources; give one each, or none"
         )
+    if options.resize not in ("host", "device"):
+        raise ValueError(f"data.resize is {options.resize!r}; it must be host or device")
     if options.captions not in ("first", "random", "longest", "none"):
         raise ValueError(f"data.captions is {options.captions!r}; it must be first, random, longest or none")
     for key, low, high in (

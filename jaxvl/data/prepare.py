@@ -33,7 +33,7 @@ class Prepare:
         self.how = decode_options(dataset.options)
         self.classes = {name: place for place, name in enumerate(dataset.classes)}
 
-    def load(self, shard: int, row: int, pixels: Callable[[bytes], np.ndarray]) -> tuple[Record, np.ndarray, int] | Bad:
+    def load(self, shard: int, row: int, pixels: Callable[[bytes], Any]) -> tuple[Record, Any, int] | Bad:
         """A sample with its decoded image and its label (0 where none is asked for), or why there is none."""
         record = read(self.dataset, shard, row, self.want)
         if isinstance(record, Bad):
@@ -50,9 +50,8 @@ class Prepare:
         source, shard = source_of(self.dataset, shard)
         return Bad(source.shards[shard], record.key, reason)
 
-    def arrays(self, number: int) -> dict[str, np.ndarray]:
-        """Zeros for the images, and the labels if asked for, of so many samples."""
-        size = self.dataset.options.image_size
+    def arrays(self, number: int, size: int) -> dict[str, np.ndarray]:
+        """Zeros for images of `size` pixels a side, and the labels if asked for, of so many samples."""
         arrays = {"image": np.zeros((number, size, size, 3), np.uint8)}
         return arrays | ({"label": np.zeros(number, np.int32)} if self.dataset.options.label else {})
 
@@ -69,6 +68,7 @@ class Train(Prepare):
             Want(captions=options.captions != "none", alternates=alternates, fields=bool(options.label)),
         )
         self.seed = seed
+        self.on_device = options.resize == "device"
 
     @functools.cached_property
     def places(self) -> Places:
@@ -78,12 +78,15 @@ class Train(Prepare):
         crops = keyed.uniforms(keyed.mix(self.seed, CROPS, n), decode.UNIFORMS)
         picks = keyed.uniforms(keyed.mix(self.seed, CAPTION, n), 1)[:, 0]
         shards, rows = self.places.at(n)
-        arrays, ids = self.arrays(len(n)), np.empty(len(n), np.int64)
+        arrays = self.arrays(len(n), decode.canvas_side(self.how) if self.on_device else self.how.size)
+        if self.on_device:
+            arrays["frame"] = np.zeros((len(n), 6), np.float32)
+        ids = np.empty(len(n), np.int64)
         texts: list[str] = []
         bad: list[Bad] = []
         for i in range(len(n)):
             shard, row = int(shards[i]), int(rows[i])
-            cut = functools.partial(decode.decode_train, options=self.how, uniforms=crops[i])
+            cut = functools.partial(decode.decode_canvas if self.on_device else decode.decode_train, options=self.how, uniforms=crops[i])
             sample = self.load(shard, row, cut)
             for attempt in range(ATTEMPTS):
                 if not isinstance(sample, Bad):
@@ -96,7 +99,11 @@ class Train(Prepare):
                     f"sample {n[i]:,} and {ATTEMPTS} substitutes for it cannot be used:\n"
                     f"{table([*bad[-ATTEMPTS:], sample])}"
                 )
-            record, arrays["image"][i], label = sample
+            record, image, label = sample
+            if self.on_device:
+                arrays["image"][i], arrays["frame"][i] = image
+            else:
+                arrays["image"][i] = image
             if "label" in arrays:
                 arrays["label"][i] = label
             ids[i] = self.dataset.starts[shard] + row
@@ -119,7 +126,7 @@ class Eval(Prepare):
         self.most = most
 
     def __call__(self, n: np.ndarray) -> Batch:
-        arrays, ids, counts = self.arrays(len(n)), np.full(len(n), -1), np.zeros(len(n), np.int32)
+        arrays, ids, counts = self.arrays(len(n), self.how.size), np.full(len(n), -1), np.zeros(len(n), np.int32)
         texts: list[str] = []
         bad: list[Bad] = []
         cut = functools.partial(decode.decode_eval, options=self.how)

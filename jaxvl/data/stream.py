@@ -155,5 +155,7 @@ def _begin_worker(parent: int, number: int, of: int) -> None:
 
 
 def _join(parts: list[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
     arrays = {k: np.concatenate([p.arrays[k] for p in parts]) for k in parts[0].arrays}
     return Batch(arrays, np.concatenate([p.ids for p in parts]), tuple(b for p in parts for b in p.bad))

@@ -14,6 +14,10 @@ class Kind(NamedTuple):
         """The NamedTuple whose fields are the keys of an `evals` entry of this kind."""
         return getattr(importlib.import_module(self.module), self.options_name)
 
+    def open_checked(self, options: Any, data: Any) -> Any:
+        """The data set to evaluate on. Raises ValueError for options or data that cannot be evaluated."""
+        return importlib.import_module(self.module).open_checked(options, data)
+
     def evaluate(self, name: str, options: Any, model: Any) -> tuple[dict[str, float], list]:
         """Numbers by name and galleries for the report. Raises ValueError for options or data that cannot be evaluated."""
         return importlib.import_module(self.module).evaluate(name, options, model)
@@ -23,6 +27,15 @@ EVALS = {
     "retrieval": Kind("jaxvl.evals.retrieval", "RetrievalOptions"),
     "zeroshot": Kind("jaxvl.evals.zeroshot", "ZeroshotOptions"),
 }
+
+
+def check(evals: Mapping[str, Any], data: Any) -> None:
+    """Opens the data set of every evaluation, so that what is wrong with one is known before training and not hours into it."""
+    for name, options in evals.items():
+        try:
+            EVALS[options.kind].open_checked(options, data)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"evals.{name}: {error}") from error
 
 
 def run(evals: Mapping[str, Any], method: Any, params: Any, tokenizer: Any, data: Any, augment: Any) -> tuple[dict[str, float], list]:

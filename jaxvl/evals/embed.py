@@ -44,12 +44,12 @@ class Embedded(NamedTuple):
     owner: np.ndarray
 
 
-def open_for(model: Model, source: str | Sequence[str], *, captions: Literal["first", "random", "none"] = "first", label: str = "") -> Dataset:
+def open_for(data: DataOptions, source: str | Sequence[str], *, captions: Literal["first", "random", "none"] = "first", label: str = "") -> Dataset:
     """The data set of an evaluation, read as the training's. Raises ValueError where `source` is empty or cannot be opened."""
     if not source:
         raise ValueError("source is empty; it must name shards, such as 'val-{0000..0003}.tar' or 'glyphs://val-seen'")
     source = source if isinstance(source, str) else tuple(source)
-    return open_data(model.data._replace(source=source, weights=(), captions=captions, label=label))
+    return open_data(data._replace(source=source, weights=(), captions=captions, label=label))
 
 
 def embed_samples(model: Model, dataset: Dataset, batch_size: int, captions: int = 1) -> Embedded:

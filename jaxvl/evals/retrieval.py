@@ -3,7 +3,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jaxvl.data.stream import Dataset
+from jaxvl.data.dataset import DataOptions, Dataset
 from jaxvl.evals import ranking
 from jaxvl.evals.embed import Embedded, Model, embed_samples, open_for, records
 from jaxvl.evals.ranking import Ranks
@@ -33,17 +33,23 @@ class RetrievalOptions(NamedTuple):
 
 def evaluate(name: str, options: RetrievalOptions, model: Model) -> tuple[dict[str, float], list[Gallery]]:
     """R@K, median rank (1-based) and rsum under the stable rule; see ranking.py. Raises ValueError for options that cannot be."""
-    if not options.ks or min(options.ks) < 1:
-        raise ValueError(f"ks is {options.ks}; it must be one or more whole numbers from 1")
-    if options.captions < 1 or options.show < 0:
-        raise ValueError(f"captions is {options.captions} and show is {options.show}; they must be at least 1 and 0")
-    dataset = open_for(model, options.source, captions="random" if options.captions > 1 else "first")
+    dataset = open_checked(options, model.data)
     embedded = embed_samples(model, dataset, options.batch_size, options.captions)
     folds = list(ranking.folds(embedded.owner, len(embedded.images), options.folds))
     ranks = [rank(model, embedded.images[rows], embedded.texts[texts], owner) for rows, texts, owner in folds]
     numbers = ranking.mean([ranking.both_ways(*both, options.ks) for both in ranks])
     shown = galleries(name, options, model, dataset, embedded) if options.show else []
     return numbers, shown
+
+
+def open_checked(options: RetrievalOptions, data: DataOptions) -> Dataset:
+    """The data set to evaluate on. Raises ValueError for options that cannot be."""
+    if not options.ks or min(options.ks) < 1:
+        raise ValueError(f"ks is {options.ks}; it must be one or more whole numbers from 1")
+    if options.captions < 1 or options.show < 0 or options.folds < 1 or options.batch_size < 1:
+        low = {"captions": 1, "show": 0, "folds": 1, "batch_size": 1}
+        raise ValueError("; ".join(f"{k} is {getattr(options, k)}, it must be at least {n}" for k, n in low.items() if getattr(options, k) < n))
+    return open_for(data, options.source, captions="random" if options.captions > 1 else "first")
 
 
 def rank(model: Model, images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> tuple[Ranks, Ranks]:

@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jaxvl.data.stream import Dataset
+from jaxvl.data.dataset import DataOptions, Dataset
+from jaxvl.data.text import prompts
 from jaxvl.evals.embed import Embedded, Model, embed_samples, embed_texts, open_for, records
 from jaxvl.evals.streamed import streamed_top
 from jaxvl.gallery import Gallery, Hit, Query
@@ -19,7 +20,7 @@ class ZeroshotOptions(NamedTuple):
     """The keys of an `evals` entry of this kind.
 
     source: shards, as in data.source. label: the field of the samples that names the class. classes: names of the classes to use
-    in prompts, in the order of the labels; () where the data's own words will do. templates: prompts, "{}" being the class.
+    in prompts, in the order of the labels; () where the data's own words will do. templates: prompts, "{}" being the class, or the name of a set of them (data/text.py).
     every: steps between evaluations in a run, 0 for its end only. ks: the K of top-K accuracy. batch_size: images or prompts
     embedded at a time. show: images in the report.
     """
@@ -28,7 +29,7 @@ class ZeroshotOptions(NamedTuple):
     source: str | tuple[str, ...] = ""
     label: str = "class"
     classes: tuple[str, ...] = ()
-    templates: tuple[str, ...] = ("{}", "a photo of a {}.")
+    templates: str | tuple[str, ...] = ("{}", "a photo of a {}.")
     every: int = 0
     ks: tuple[int, ...] = (1, 5)
     batch_size: int = 256
@@ -40,8 +41,7 @@ def evaluate(name: str, options: ZeroshotOptions, model: Model) -> tuple[dict[st
 
     Raises ValueError for options that cannot be, and for labels that no class name fits.
     """
-    check(options)
-    dataset = open_for(model, options.source, captions="none", label=options.label)
+    dataset = open_checked(options, model.data)
     embedded = embed_samples(model, dataset, options.batch_size)
     names = class_names(options, dataset, embedded.labels)
     weights = class_embeddings(model, names, options.templates, options.batch_size)
@@ -52,13 +52,14 @@ def evaluate(name: str, options: ZeroshotOptions, model: Model) -> tuple[dict[st
     return numbers, [gallery(name, options, dataset, embedded, names, top, scores)] if options.show else []
 
 
-def check(options: ZeroshotOptions) -> None:
-    if not options.templates or not all("{}" in t for t in options.templates):
-        raise ValueError(f"templates is {options.templates}; each must hold {{}} where the class goes")
+def open_checked(options: ZeroshotOptions, data: DataOptions) -> Dataset:
+    """The data set to evaluate on. Raises ValueError for options that cannot be."""
+    prompts(options.templates, ["thing"])
     if not options.ks or min(options.ks) < 1:
         raise ValueError(f"ks is {options.ks}; it must be one or more whole numbers from 1")
     if not options.label or options.show < 0:
         raise ValueError(f"label is {options.label!r} and show is {options.show}; they must name a field and be at least 0")
+    return open_for(data, options.source, captions="none", label=options.label)
 
 
 def class_names(options: ZeroshotOptions, dataset: Dataset, labels: np.ndarray) -> tuple[str, ...]:
@@ -73,10 +74,10 @@ def class_names(options: ZeroshotOptions, dataset: Dataset, labels: np.ndarray) 
     return tuple(names)
 
 
-def class_embeddings(model: Model, names: tuple[str, ...], templates: tuple[str, ...], batch_size: int) -> np.ndarray:
+def class_embeddings(model: Model, names: tuple[str, ...], templates: str | tuple[str, ...], batch_size: int) -> np.ndarray:
     """float32 [class, d], unit vectors."""
-    prompts = [template.replace("{}", name) for name in names for template in templates]
-    each = embed_texts(model, prompts, batch_size).reshape(len(names), len(templates), -1)
+    texts = prompts(templates, names)
+    each = embed_texts(model, [text for of_class in texts for text in of_class], batch_size).reshape(len(names), len(texts[0]), -1)
     mean = each.mean(1)
     return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
 

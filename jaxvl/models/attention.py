@@ -1,9 +1,11 @@
 """Scaled dot-product attention and rotary position embedding, as functions of arrays."""
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Kernel = Literal["auto", "xla", "cudnn"]
 
 
 def attend(
@@ -13,7 +15,7 @@ def attend(
     *,
     mask: jax.Array | None = None,  # bool, broadcastable to [batch, head, query, key]; True takes part
     causal: bool = False,
-    implementation: str = "auto",
+    kernel: Kernel = "auto",
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -21,6 +23,7 @@ def attend(
 
     With more keys than queries, `causal` lets query i see the keys up to i + (keys - queries): the extra keys are a prefix.
     A query whose keys are all masked gets a finite value of no meaning. `dropout` acts on the attention weights.
+    kernel: cuDNN's fused attention or XLA's; "auto" takes cuDNN's where it serves.
     """
     extra = k.shape[1] - q.shape[1]
     if causal and extra:
@@ -28,18 +31,17 @@ def attend(
         mask, causal = allowed if mask is None else mask & allowed, False
     if dropout:
         return _attend_with_dropout(q, k, v, mask, causal, dropout, key)
-    if implementation == "auto":
-        implementation = "cudnn" if _cudnn_takes(q, k, mask) else "xla"
-    if implementation == "cudnn" and mask is not None:
+    fused = kernel == "cudnn" or (kernel == "auto" and _cudnn_takes(q, mask))
+    if fused and mask is not None:
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))  # it broadcasts batch and head only
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=implementation)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn" if fused else "xla")
 
 
-def _cudnn_takes(q: jax.Array, k: jax.Array, mask: jax.Array | None) -> bool:
-    """Whether the fused kernel accepts these operands: half precision, head width, and even lengths under a mask."""
-    even = mask is None or (q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0)
-    legal = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and even
-    return legal and jax.default_backend() == "gpu" and "cuda" in jax.extend.backend.get_backend().platform_version
+def _cudnn_takes(q: jax.Array, mask: jax.Array | None) -> bool:
+    """Whether the fused kernel serves: CUDA, bfloat16, its head widths. Masks would reach it as a bias of the size of the
+    attention matrix, in even lengths and in the sharding of the queries only; it is not worth it for captions."""
+    legal = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and mask is None
+    return legal and "cuda" in jax.devices()[0].client.platform_version.lower()
 
 
 def _attend_with_dropout(q, k, v, mask, causal, rate, key):
@@ -63,7 +65,7 @@ class Rope(NamedTuple):
     factor: float = 1.0
     low: float = 1.0  # low_freq_factor
     high: float = 4.0  # high_freq_factor
-    length: int = 8192  # original_max_position_embeddings
+    length: float = 8192  # original_max_position_embeddings
 
 
 def rope_tables(rope: Rope, positions: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:

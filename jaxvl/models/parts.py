@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxvl.models.attention import attend, rotate
+from jaxvl.models.attention import Kernel, attend, rotate
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -33,7 +33,6 @@ REMAT = {
 Act = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 Remat = Literal["none", "full", "branches", "dots"]
 Norm = Literal["layer", "rms"]
-Kernel = Literal["auto", "xla", "cudnn"]
 Dtype = Literal["bfloat16", "float32"]
 
 
@@ -170,7 +169,7 @@ class Attention(nn.Module):
             k, v = (jnp.concatenate([jnp.broadcast_to(p, (y.shape[0], *p.shape[-3:])).astype(y.dtype), y], axis=1)
                     for p, y in zip(prefix, keys_values, strict=True))  # fmt: skip
         rate = o.attention_dropout if self.has_rng("dropout") else 0.0
-        y = attend(q, k, v, mask=mask, causal=causal, implementation=o.attention,
+        y = attend(q, k, v, mask=mask, causal=causal, kernel=o.attention,
                    dropout=rate, key=self.make_rng("dropout") if rate else None)  # fmt: skip
         y = dense(o, o.width, o.width * 2 * o.depth, o.out_bias, "out")(y.reshape(*y.shape[:-2], -1))
         return y, keys_values

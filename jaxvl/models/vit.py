@@ -108,7 +108,8 @@ class Vit(nn.Module):
             raise ValueError("masked patches need image.mask_token=True")
 
         wanted = o.class_tokens + rows * columns
-        if self.has_variable("params", "pos") and (have := self.get_variable("params", "pos").shape[0]) != wanted:
+        have = self.get_variable("params", "pos").shape[0] if self.has_variable("params", "pos") else wanted
+        if have != wanted:
             raise ValueError(
                 f"{rows} x {columns} patches and {o.class_tokens} class tokens need {wanted} positions, the parameters have "
                 f"{have}: resize them for images of {height} x {width} pixels"

@@ -4,10 +4,11 @@ import pickle
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from jaxvl.data import text
 from jaxvl.data.text import TokenizerOptions, Uncaptioned, clean_caption, load_tokenizer, prompts, train_tokenizer
@@ -84,22 +85,15 @@ def test_rows_begin_end_and_are_padded(bpe):
     assert bpe.encode_batch([]).shape == (0, 16)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=5))
-def test_a_batch_is_its_rows_and_nothing_is_unknown(captions):
-    bpe = train_once()
+def test_a_batch_is_its_rows_and_nothing_is_unknown(bpe, captions):
     tokens = bpe.encode_batch(captions)
     for caption, row in zip(captions, tokens, strict=True):
         np.testing.assert_array_equal(bpe.encode_batch([caption])[0], row)
         length = np.count_nonzero(row)
         assert (row[:length] != 0).all() and row[length - 1] == bpe.eos
     assert (bpe.encode_batch(["A BOAT"]) == bpe.encode_batch(["a boat"])).all()
-
-
-def train_once(cache: list = []) -> text.Tokenizer:  # noqa: B006
-    if not cache:
-        cache.append(train_tokenizer(CAPTIONS, OPTIONS))
-    return cache[0]
 
 
 def test_text_comes_back(bpe):
@@ -116,7 +110,7 @@ def test_training_depends_on_the_captions_alone(bpe, tmp_path):
         "from tests.data.test_text import *\n"
         f"train_tokenizer(CAPTIONS, OPTIONS).save({str(tmp_path / 'c')!r})"
     )  # another process has other hash seeds
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=Path(__file__).parents[2])
     first, *others = [(tmp_path / x / "tokenizer.json").read_bytes() for x in "abc"]
     assert all(other == first for other in others)
     few = train_tokenizer(CAPTIONS, OPTIONS._replace(captions=1))

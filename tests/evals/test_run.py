@@ -137,7 +137,7 @@ def test_per_class_leaves_out_classes_without_images() -> None:
         (RetrievalOptions(source="SHARD", captions=0), r"evals.val: captions is 0"),
         (RetrievalOptions(source="SHARD", folds=3), r"evals.val: folds=3 does not divide 20 images"),
         (RetrievalOptions(source="SHARD", batch_size=0), r"evals.val: batch_size is 0"),
-        (ZeroshotOptions(source="SHARD", templates=("a photo",)), r"evals.val: templates is \('a photo',\); each must hold {}"),
+        (ZeroshotOptions(source="SHARD", templates=("a photo",)), r"evals.val: the prompt template 'a photo' must have one {}"),
         (ZeroshotOptions(source="SHARD", label="number"), r"evals.val: the labels in 'number' are numbers; set classes"),
         (ZeroshotOptions(source="SHARD", classes=("1", "2")), r"evals.val: classes has 2 names, but 'class' has 3 values: blue, green, red"),
         (ZeroshotOptions(source="SHARD", label="number", classes=("1", "2")), r"evals.val: 'number' holds the label 2, but classes has only 2"),

@@ -1,8 +1,12 @@
 """Transformer blocks written out slowly in numpy: one sequence, one head, one row at a time."""
+import functools
 import math
 
 import jax
 import numpy as np
+
+# Tests compile more than they compute: without LLVM's optimisations that takes half as long.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 ACT = {
     "gelu": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
@@ -78,4 +82,4 @@ def draw(model, *inputs, seed=0):
 
 def run(model, params, *inputs, rngs=None, **options):
     """model.apply under jit: one compilation instead of one per operation."""
-    return jax.jit(lambda p, r, *x: model.apply({"params": p}, *x, rngs=r, **options))(params, rngs or {}, *inputs)
+    return jit(lambda p, r, *x: model.apply({"params": p}, *x, rngs=r, **options))(params, rngs or {}, *inputs)

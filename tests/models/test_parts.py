@@ -7,7 +7,7 @@ import pytest
 from jaxvl.models import parts
 from jaxvl.models.attention import Rope, attend, rope_tables
 from tests.models import reference
-from tests.models.reference import draw, run
+from tests.models.reference import draw, jit, run
 
 BASE = parts.BlockOptions(width=12, heads=4, mlp_dim=20, depth=2, dtype="float32")
 CASES = {
@@ -49,7 +49,7 @@ def loss_and_gradient(o, params, x):
     """Mean square of the output of a training pass, and its gradient, with a fixed dropout key."""
     module = parts.stack(o, "blocks")
     loss = lambda p: (module.apply({"params": p}, x, parts.Context(), None, rngs={"dropout": jax.random.key(7, impl="rbg")})[0] ** 2).mean()
-    return jax.jit(jax.value_and_grad(loss))(params)
+    return jit(jax.value_and_grad(loss))(params)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def plain():
     return o, params, x, loss_and_gradient(o, params, x)
 
 
-@pytest.mark.parametrize("change", [{"scan": False}, {"remat": "full"}, {"remat": "full", "scan": False}, {"remat": "branches"}, {"remat": "dots"}])
+@pytest.mark.parametrize("change", [{"scan": False}, {"remat": "full"}, {"remat": "branches", "scan": False}, {"remat": "dots"}])
 def test_unrolling_and_remat_change_neither_value_nor_gradient(plain, change):
     o, params, x, (value, gradient) = plain
     other_value, other_gradient = loss_and_gradient(o._replace(**change), params, x)
@@ -87,7 +87,7 @@ def test_full_remat_saves_memory_scanned_and_unrolled():
 def test_dropout_acts_only_with_a_key_and_differs_by_layer_and_key(plain):
     o, params, x, _ = plain
     module = parts.stack(o, "blocks", hidden=True)
-    apply = jax.jit(lambda p, x, key: module.apply({"params": p}, x, parts.Context(), None, rngs={} if key is None else {"dropout": key})[1])
+    apply = jit(lambda p, x, key: module.apply({"params": p}, x, parts.Context(), None, rngs={} if key is None else {"dropout": key})[1])
     still, one, other = (apply(params, x, key).hidden for key in (None, *(jax.random.key(n, impl="rbg") for n in (1, 2))))
     np.testing.assert_array_equal(apply(params, x, None).hidden, still)
     assert abs(one - other).max() > 0.1 and abs(one - still).max() > 0.1
@@ -105,7 +105,7 @@ def test_attention_dropout_keeps_the_expected_output():
     k, v = jax.random.normal(jax.random.key(1), (2, 1, 6, 2, 8))
     mask = jnp.array([1, 1, 0, 1, 1, 1], bool)[None, None, None]
     many = [jnp.repeat(y, 4000, axis=0) for y in (q, k, v)]
-    dropped = jax.jit(lambda key: attend(*many, mask=mask, causal=True, dropout=0.3, key=key))(jax.random.key(2, impl="rbg"))
+    dropped = jit(lambda key: attend(*many, mask=mask, causal=True, dropout=0.3, key=key))(jax.random.key(2, impl="rbg"))
     np.testing.assert_allclose(dropped.mean(0), attend(q, k, v, mask=mask, causal=True)[0], atol=0.08)
 
 
@@ -134,8 +134,9 @@ def test_norms_and_softmax_are_float32_in_a_bfloat16_block():
     np.testing.assert_allclose(y.astype(jnp.float32).std(-1), 1, rtol=0.01)  # a bfloat16 mean of 100 would be off by 0.25
 
     stack = parts.stack(o, "blocks")
-    params = jax.jit(stack.init, static_argnums=3)(jax.random.key(1), x, parts.Context(), None)["params"]
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    shapes = jax.eval_shape(stack.init, jax.random.key(1), x, parts.Context(), None)["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    params = jax.tree.map(lambda leaf: leaf / 3, draw(stack, x, parts.Context(), None))
     low = run(stack, params, (x - 100).astype(jnp.bfloat16), parts.Context(), None)[0]
     high = run(parts.stack(o._replace(dtype="float32"), "blocks"), params, x - 100, parts.Context(), None)[0]
     assert low.dtype == jnp.bfloat16

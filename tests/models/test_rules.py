@@ -11,7 +11,7 @@ from jaxvl.mesh import BATCH, MeshOptions, ShardingError, make_mesh, path_str, s
 from jaxvl.models.rules import RULES
 from jaxvl.models.text import Text, TextOptions
 from jaxvl.models.vit import Vit, VitOptions
-from tests.models.reference import draw
+from tests.models.reference import draw, jit
 
 IMAGE = VitOptions(variant="", patch=4, width=16, depth=2, heads=4, mlp_dim=24, dtype="float32", head=8)
 TEXT = TextOptions(variant="", vocab_size=32, width=16, depth=2, heads=4, mlp_dim=24, eos_id=20, dtype="float32")
@@ -49,19 +49,19 @@ def test_a_leaf_nobody_thought_of_is_refused():
         shardings({"tower": {"blocks": {"mixer": {"kernel": jnp.zeros((2, 4, 4))}}}}, RULES, make_mesh(MeshOptions()))
 
 
-@pytest.mark.parametrize("name, sizes", [("map_gated", (2, 4, 1)), ("map_gated", (2, 1, 4)), ("llama", (2, 2, 2))])
+@pytest.mark.parametrize("name, sizes", [("map_gated", (2, 2, 2)), ("llama", (1, 4, 2))])
 def test_a_sharded_tower_equals_the_whole_one_in_value_and_gradient(name, sizes):
     kind, options = TOWERS[name]
     model, inputs = kind(options), INPUTS[kind]
     params = draw(model, inputs)
     target = jax.random.normal(jax.random.key(2), (8, options.head or options.width))
     step = jax.value_and_grad(lambda p, x: ((model.apply({"params": p}, x).pooled - target) ** 2).sum())
-    value, gradient = jax.jit(step)(params, inputs)
+    value, gradient = jit(step)(params, inputs)
 
     mesh = make_mesh(MeshOptions(*sizes))
     with jax.set_mesh(mesh):
         placed = shardings(params, RULES, mesh)
-        split = jax.jit(step, in_shardings=(placed, jax.NamedSharding(mesh, BATCH)), out_shardings=(None, placed))
+        split = jit(step, in_shardings=(placed, jax.NamedSharding(mesh, BATCH)), out_shardings=(None, placed))
         sharded_value, sharded_gradient = split(jax.device_put(params, placed), inputs)
     np.testing.assert_allclose(sharded_value, value, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), sharded_gradient, gradient)
@@ -76,7 +76,7 @@ def test_fsdp_gathers_weights_and_leaves_activations_on_the_batch_axes(name):
     mesh = make_mesh(MeshOptions(1, 8, 1))
     with jax.set_mesh(mesh):
         placed = shardings(params, RULES, mesh)
-        run = jax.jit(lambda p, x: model.apply({"params": p}, x).pooled, in_shardings=(placed, jax.NamedSharding(mesh, BATCH)))
+        run = jit(lambda p, x: model.apply({"params": p}, x).pooled, in_shardings=(placed, jax.NamedSharding(mesh, BATCH)))
         text = run.lower(params, inputs).compile().as_text()
     assert "all-gather" in text
     assert not re.search(r"= f32\[64,", text), "a device computes activations of the whole batch"

@@ -1,8 +1,7 @@
 import time
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from jaxvl.report import clock
 from jaxvl.report.clock import Clock, Span, peak_flops, split

@@ -1,6 +1,5 @@
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from jaxvl.report.goodput import KINDS, Session, account, read_sessions, resume, save_sessions
 

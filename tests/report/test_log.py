@@ -11,8 +11,7 @@ import pytest
 
 from jaxvl import report
 from jaxvl.progress import silence
-from jaxvl.report import LogOptions, metrics
-from jaxvl.report import log as run_log
+from jaxvl.report import LogOptions, log as run_log, metrics
 
 QUIET = LogOptions(every=1, tensorboard=False, watchdog=0.0)
 START = {"batch_size": 4, "samples_per_epoch": 16}

@@ -5,8 +5,7 @@ import sys
 import types
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from jaxvl.report import metrics
 

@@ -3,8 +3,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from jaxvl.report import plots
 from jaxvl.report.plots import Series

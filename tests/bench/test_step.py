@@ -1,0 +1,67 @@
+"""The step and loss benches measure the programs they claim to, and their numbers hang together."""
+import json
+import math
+
+import jax
+import pytest
+
+from jaxvl import config as configs
+from jaxvl.bench import loss as loss_bench, step as step_bench
+
+TINY = [
+    *(f"{tower}.{key}={value}" for tower in ("image", "text") for key, value in (("width", 16), ("depth", 1), ("heads", 2), ("mlp_dim", 32))),
+    *("data.image_size=32", "tokenizer.vocab_size=512", "tokenizer.context_length=8", "method.width=8", "train.batch_size=32"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _compile_in_haste():
+    """What is tested is the accounting, which does not need fast programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def tiny(*overrides):
+    return configs.read(configs.load(str(step_bench.SMALL), [*TINY, *overrides]))
+
+
+def test_step_reports_time_memory_and_the_price_of_accumulation():
+    got = json.loads(json.dumps(step_bench.measure(tiny(), rounds=1)))
+    assert got["devices"] == jax.device_count()
+    plain, cut = got["steps"]
+    assert (plain["accumulate"], cut["accumulate"]) == (1, 4)
+    assert plain["wall_ratio"] == {"median": 1, "min": 1, "max": 1}
+    assert math.isclose(cut["wall_ratio"]["median"], cut["step_s"]["median"] / plain["step_s"]["median"], rel_tol=0.5)
+    assert got["step_s"]["min"] <= got["step_s"]["median"] <= got["step_s"]["max"]
+    assert math.isclose(got["samples_per_s"] * got["step_s"]["median"], 32, rel_tol=1e-6)
+    assert math.isclose(got["mfu"], got["samples_per_s"] * got["flops_per_sample"] / got["peak_flops"], rel_tol=1e-6)
+    assert 0 < got["mfu"] < 1, "nothing is faster than the matrix products it is made of"
+    assert got["flops_per_sample"] > 3 * 2 * 5 * 12 * 16**2, "at least the towers' square matrices, forward and backward"
+    assert got["peak_memory_bytes"] > plain["temporary_bytes"] > 0
+    assert got["compile_s"] == plain["compile_s"] > 0
+    assert plain["argument_bytes"] * got["devices"] > 3 * 4 * got["parameters"], "parameters and two moments are the step's arguments"
+
+
+def test_an_accumulated_config_is_compared_with_the_uncut_step():
+    assert [step_bench.microbatches(b, 8) for b in (64, 16, 24, 8)] == [4, 2, 3, 1]
+    recipe = tiny("train.accumulate=2")
+    with pytest.raises(ValueError, match="--rounds is 0"):
+        step_bench.measure(recipe, rounds=0)
+    parts = step_bench.assemble(recipe, step_bench.tokenizer(recipe))
+    batch = step_bench.random_batch(parts)
+    assert batch["image"].shape == (32, 32, 32, 3)
+    assert batch["image"].dtype == "uint8"
+    assert 0 < batch["tokens"].min() <= batch["tokens"].max() < 512
+
+
+def test_loss_compares_both_implementations():
+    got = json.loads(json.dumps(loss_bench.measure(batch=2048, timed_batch=64, width=16, rounds=1)))
+    rows = {(row["loss"], row["impl"]): row for row in got["losses"]}
+    assert set(rows) == {(loss, impl) for loss in ("infonce", "sigmoid") for impl in ("global", "ring")}
+    for loss in ("infonce", "sigmoid"):
+        assert rows[loss, "ring"]["memory_ratio"] >= 6
+        assert math.isclose(rows[loss, "ring"]["value"], rows[loss, "global"]["value"], rel_tol=1e-5)
+        assert rows[loss, "ring"]["wall_s"] > 0
+    with pytest.raises(ValueError, match="takes neither --config"):
+        loss_bench.main("configs/x.py", [], rounds=1)
