@@ -23,6 +23,18 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--step", type=int, help="which checkpoint (default: the newest whole one)")
     evaluate.add_argument("--ema", action="store_true", help="evaluate the averaged parameters")
 
+    bring = verbs.add_parser("import", help="published weights into a folder that config.init reads")
+    bring.add_argument("source", help="a folder, an index, a safetensors file, or a name on the Hugging Face hub (NAME@REVISION)")
+    bring.add_argument("--out", required=True, type=Path, help="a new folder")
+    bring.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="of the parameters (default: the files' own)")
+
+    export = verbs.add_parser("export", help="a run's model for other programs", description="Any --config.KEY=VALUE overrides the run's config.")
+    export.add_argument("workdir", type=Path, help="of the run")
+    export.add_argument("--format", required=True, choices=("hf", "safetensors", "stablehlo", "onnx"))
+    export.add_argument("--out", required=True, type=Path, help="a new folder")
+    export.add_argument("--step", type=int, help="which checkpoint (default: the newest whole one)")
+    export.add_argument("--ema", action="store_true", help="export the averaged parameters")
+
     report = verbs.add_parser("report", help="write a run's report.html anew")
     report.add_argument("workdir", type=Path)
 
@@ -33,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     for verb in (index, check, stats):
         verb.add_argument("paths", nargs="+", help="paths, globs, brace ranges, URLs, glyphs://PART")
         verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    index.add_argument("--rebuild", action="store_true", help="make the indexes anew; takes back what check --record left out")
     check.add_argument("--record", action="store_true", help="write what cannot be decoded into the index: later runs leave it out")
     make = data.add_parser("make", help="write shards: the embedded glyphs, or a folder of images with captions")
     make.add_argument("what", help="glyphs, or a folder of NAME.jpg|png|webp with NAME.txt")
@@ -54,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [r.removeprefix("--config.") for r in rest if r.startswith("--config.") and "=" in r]
     if strange := [r for r in rest if not (r.startswith("--config.") and "=" in r)]:
         parser().error(f"unrecognized arguments: {' '.join(strange)} (overrides are written --config.KEY=VALUE)")
-    if overrides and known.verb not in ("train", "eval", "bench"):
+    if overrides and known.verb not in ("train", "eval", "export", "bench"):
         parser().error(f"{known.verb} takes no --config overrides")
     try:
         return RUN[known.verb](known, overrides)
@@ -84,6 +97,22 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     return train.evaluate(args.workdir, overrides, step=args.step, ema=args.ema)
 
 
+def _import(args: argparse.Namespace, _: list[str]) -> int:
+    from jaxvl.interop import importing
+
+    return importing.run(args.source, args.out, dtype=args.dtype)
+
+
+def _export(args: argparse.Namespace, overrides: list[str]) -> int:
+    from jaxvl import train
+    from jaxvl.interop import export
+
+    exact = [] if args.format == "stablehlo" else ["image.dtype=float32", "text.dtype=float32"]
+    recipe = train.read_recipe(args.workdir, ["image.attention=xla", "text.attention=xla", *exact, *overrides])
+    parts = train.build(recipe, args.workdir, None)
+    return export.run(parts, train.read_params(parts, args.workdir, None, step=args.step, ema=args.ema), args.format, args.out)
+
+
 def _report(args: argparse.Namespace, _: list[str]) -> int:
     from jaxvl import report
 
@@ -98,7 +127,9 @@ def _data(args: argparse.Namespace, _: list[str]) -> int:
         return tools.make(args.what, args.out, part=args.part, size=args.size, per_shard=args.per_shard)
     if args.action == "check":
         return tools.check(args.paths, json=args.json, record=args.record)
-    return {"index": tools.index, "stats": tools.stats}[args.action](args.paths, json=args.json)
+    if args.action == "index":
+        return tools.index(args.paths, json=args.json, rebuild=args.rebuild)
+    return tools.stats(args.paths, json=args.json)
 
 
 def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -107,7 +138,7 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
     return importlib.import_module(f"jaxvl.bench.{args.what}").main(args.config, overrides, rounds=args.rounds)
 
 
-RUN = {"train": _train, "eval": _eval, "report": _report, "data": _data, "bench": _bench}
+RUN = {"train": _train, "eval": _eval, "import": _import, "export": _export, "report": _report, "data": _data, "bench": _bench}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,13 +16,17 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from jaxvl import checkpoint, report
 from jaxvl.checkpoint import CheckpointOptions
+from jaxvl.data import augment, dataset, text
 from jaxvl.data.augment import AugmentOptions
 from jaxvl.data.dataset import DataOptions
 from jaxvl.data.text import TokenizerOptions
 from jaxvl.evals import EVALS
+from jaxvl.interop.initial import InitOptions
 from jaxvl.mesh import MeshOptions
 from jaxvl.methods import METHODS
+from jaxvl.models.lora import LoraOptions
 from jaxvl.models.text import TextOptions
 from jaxvl.models.vit import VitOptions
 from jaxvl.optim import OptimOptions
@@ -52,6 +56,8 @@ class Recipe(NamedTuple):
     method: Any
     image: VitOptions
     text: TextOptions
+    init: InitOptions
+    lora: LoraOptions
     tokenizer: TokenizerOptions
     data: DataOptions
     augment: AugmentOptions
@@ -64,6 +70,7 @@ class Recipe(NamedTuple):
 
 
 SECTIONS = {name: kind for name, kind in Recipe.__annotations__.items() if hasattr(kind, "_fields")}
+CHECKS = {"tokenizer": text.check, "data": dataset.check, "augment": augment.check, "checkpoint": checkpoint.check, "log": report.check}
 
 
 def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
@@ -121,6 +128,11 @@ def read(config: ConfigDict) -> Recipe:
     method = _typed(_choice(plain["method"], METHODS, "method", "name"), plain["method"], "method")
     evals = {k: _typed(_choice(v, EVALS, f"evals.{k}", "kind"), v, f"evals.{k}") for k, v in plain["evals"].items()}
     recipe = Recipe(seed=_cast(plain["seed"], int, "seed"), method=method, evals=evals, **sections)
+    for name, check in CHECKS.items():
+        try:
+            check(getattr(recipe, name))
+        except ValueError as error:
+            raise ConfigError(f"config.{str(error).removeprefix('config.')}") from None
     train = recipe.train
     if train.batch_size < 1:
         raise ConfigError(f"config.train.batch_size is {train.batch_size}; it must be at least 1")

@@ -102,7 +102,7 @@ def process_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     if batch_size % parts:
         raise ValueError(f"config.train.batch_size is {batch_size}; it must be a multiple of data*fsdp = {parts}")
     index = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
-    spans = {s[0].indices(batch_size)[:2] for s in index.values()}
+    spans = {s[0].indices(batch_size)[:2] for s in index.values() if s}
     lo, hi = min(s[0] for s in spans), max(s[1] for s in spans)
     if sum(b - a for a, b in spans) != hi - lo:
         raise ValueError(f"mesh {dict(mesh.shape)}: this process holds rows {sorted(spans)}, which are not contiguous; make `tensor` the innermost axis")

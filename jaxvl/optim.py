@@ -5,11 +5,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxvl.mesh import path_str
 
 Schedule = Callable[[jax.Array], jax.Array]
+# What a tower computes before its first layer; everything else outside `blocks` comes after its last.
+BEFORE = ("patch", "pos", "cls", "distill", "registers", "mask_token", "pre_norm", "embed", "types", "embed_norm")
 
 
 class OptimOptions(NamedTuple):
@@ -19,7 +22,10 @@ class OptimOptions(NamedTuple):
     `end_factor` is the final fraction of the peak (cosine, linear). `rsqrt` decays as sqrt(timescale / step) and cools down
     linearly over the last `cooldown_steps`.
     weight_decay: decoupled, on leaves whose path matches `decay`. groups: (pattern, learning-rate factor) pairs, first match wins;
-    factor 0 freezes the leaves and keeps no optimiser state for them. clip_norm: global gradient norm, 0 = off.
+    factor 0 freezes the leaves and keeps no optimiser state for them. unlock: (pattern, n) pairs; of a tower whose leaves match,
+    only the top n layers and what follows them train. layer_decay: (pattern, decay) pairs; the rate of a tower's layer is
+    multiplied by decay once for every layer from there to the top, and that of its embeddings once more (Clark et al. 2020,
+    Bao et al. 2021). A locked tower (Zhai et al. 2022, LiT) is the group ("^image/", 0.0). clip_norm: global gradient norm, 0 = off.
     ema_decay: exponential moving average of the parameters, 0 = off. moment_dtype: storage of the first moment.
     """
 
@@ -34,8 +40,10 @@ class OptimOptions(NamedTuple):
     b2: float = 0.98
     eps: float = 1e-6
     weight_decay: float = 0.1
-    decay: str = r"(kernel|embedding)$"
+    decay: str = r"(kernel|embed)$"
     groups: tuple[tuple[str, float], ...] = ()
+    unlock: tuple[tuple[str, int], ...] = ()
+    layer_decay: tuple[tuple[str, float], ...] = ()
     clip_norm: float = 1.0
     ema_decay: float = 0.0
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -48,7 +56,10 @@ def check(options: OptimOptions, steps: int) -> None:
         value = getattr(options, key)
         if value < low or (high is not None and value > high):
             raise ValueError(f"config.optim.{key} is {value}; it must be at least {low}" + (f" and at most {high}" if high is not None else ""))
-    for pattern in (options.decay, *(p for p, _ in options.groups)):
+    for pattern, decay in options.layer_decay:
+        if not 0 < decay <= 1:
+            raise ValueError(f"config.optim.layer_decay of {pattern!r} is {decay}; it must be above 0 and at most 1")
+    for pattern in (options.decay, *(p for p, _ in (*options.groups, *options.unlock, *options.layer_decay))):
         try:
             re.compile(pattern)
         except re.error as error:
@@ -74,13 +85,42 @@ def learning_rate(options: OptimOptions, steps: int) -> Schedule:
 
 
 def factors(options: OptimOptions, params: Any) -> Any:
-    """Learning-rate factor of every leaf. Raises ValueError for a group that matches no leaf: it is a typing error."""
-    paths = [path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
-    for pattern, _ in options.groups:
-        if not any(re.search(pattern, p) for p in paths):
-            raise ValueError(f"config.optim.groups: {pattern!r} matches no parameter; paths look like {', '.join(paths[:3])}")
-    first = lambda name: next((f for pattern, f in options.groups if re.search(pattern, name)), 1.0)
-    return jax.tree_util.tree_map_with_path(lambda path, _: first(path_str(path)), params)
+    """Learning-rate factor of every leaf: a float, or float32 [layer, 1, ...] where the layers of a leaf differ.
+
+    Raises ValueError for a pattern that matches nothing (it is a typing error) and for more layers unlocked than there are.
+    """
+    shapes = {path_str(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    towers = {name.rpartition("blocks/")[0]: shape[0] for name, shape in shapes.items() if "blocks/" in name}
+    for key in ("groups", "unlock", "layer_decay"):
+        for pattern, value in getattr(options, key):
+            found = [name for name in shapes if re.search(pattern, name)]
+            if not found:
+                raise ValueError(f"config.optim.{key}: {pattern!r} matches no parameter; paths look like {', '.join(list(shapes)[:3])}")
+            depths = {depth for tower, depth in towers.items() if any(name.startswith(tower) for name in found)}
+            if key == "unlock" and not 0 <= value <= min(depths, default=-1):
+                raise ValueError(f"config.optim.unlock of {pattern!r} is {value}; the tower has {min(depths, default='no')} layers")
+    first = lambda pairs, name, otherwise: next((value for pattern, value in pairs if re.search(pattern, name)), otherwise)
+
+    def one(path: Any, leaf: Any) -> Any:
+        name = path_str(path)
+        factor = first(options.groups, name, 1.0)
+        below = _layers_to_the_top(name, leaf.shape, towers)
+        factor = factor * np.float32(first(options.layer_decay, name, 1.0)) ** below * (below <= first(options.unlock, name, np.inf))
+        if np.all(factor == np.ravel(factor)[0]):
+            return float(np.ravel(factor)[0])
+        return factor.astype(np.float32).reshape(-1, *(1,) * (len(leaf.shape) - 1))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _layers_to_the_top(name: str, shape: tuple[int, ...], towers: dict[str, int]) -> np.ndarray:
+    """0 for what follows a tower's layers, n, ..., 1 for its n layers [layer], n + 1 for what comes before them."""
+    tower = max((t for t in towers if name.startswith(t)), key=len, default=None)
+    if tower is None:
+        return np.zeros(())
+    if name.startswith(tower + "blocks/"):
+        return np.arange(shape[0], 0, -1)
+    return np.full((), towers[tower] + 1 if name.removeprefix(tower).split("/")[0] in BEFORE else 0)
 
 
 def make_optimizer(options: OptimOptions, params: Any, steps: int) -> optax.GradientTransformation:
@@ -104,13 +144,29 @@ def make_optimizer(options: OptimOptions, params: Any, steps: int) -> optax.Grad
         optax.add_decayed_weights(options.weight_decay, mask=decayed) if options.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(learning_rate(options, steps)),
     )
-    labels = jax.tree.map(lambda f: "frozen" if f == 0 else "moving", by_group)
-    if "frozen" in jax.tree.leaves(labels):
-        moving = optax.partition({"moving": moving, "frozen": optax.set_to_zero()}, labels)
+    moving = _without_still(moving, jax.tree.map(lambda f: int(np.sum(f == 0)) if np.ndim(f) else bool(f == 0), by_group))
     clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
     return optax.chain(clip, moving, scale)
 
 
+def _without_still(tx: optax.GradientTransformation, still: Any) -> optax.GradientTransformation:
+    """`tx` of what moves alone, so that the rest has no state: True for a leaf that stands still, n for its n lowest layers."""
+    if not any(jax.tree.leaves(still)):
+        return tx
+
+    def cut(tree: Any) -> Any:
+        return jax.tree.map(lambda n, x: optax.MaskedNode() if n is True else x[n:] if n else x, still, tree)
+
+    def whole(n: Any, update: jax.Array, moved: Any) -> jax.Array:
+        return jnp.zeros_like(update) if n is True else jnp.concatenate([jnp.zeros_like(update[:n]), moved]) if n else moved
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        moved, state = tx.update(cut(updates), state, cut(params))
+        return jax.tree.map(whole, still, updates, moved), state
+
+    return optax.GradientTransformation(lambda params: tx.init(cut(params)), update)
+
+
 def frozen(options: OptimOptions, params: Any) -> Any:
-    """True for every leaf that a group with factor 0 freezes."""
+    """Whether a leaf stands still: True, False, or bool [layer, 1, ...] where some of its layers do."""
     return jax.tree.map(lambda f: f == 0, factors(options, params))

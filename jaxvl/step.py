@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxvl.accumulate import value_and_grad
-from jaxvl.data.augment import AugmentOptions, preprocess
+from jaxvl.data.augment import AugmentOptions, preprocess, resize
 from jaxvl.methods.method import Method
 from jaxvl.optim import OptimOptions, Schedule, frozen
 from jaxvl.state import TrainState, advance
@@ -22,12 +22,14 @@ def make_train_step(
     optim: OptimOptions,
     schedule: Schedule,
     *,
+    image_size: int,
     accumulate: int = 1,
     grad_shardings: Any = None,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """A pure (state, batch) -> (state, metrics), to be jitted once with the state donated.
 
-    batch: {"image": uint8 [B, S, S, 3], "tokens": int32 [B, L], ...}; metrics: scalars, those of `aux` among them.
+    batch: {"image": uint8 [B, S, S, 3], "tokens": int32 [B, L], ...}, or with data.resize="device" canvases [B, C, C, 3] as "image"
+    and the crops in them as "frame" float32 [B, 6], resized here to `image_size`; metrics: scalars, those of `aux` among them.
     grad_shardings: the params' shardings; without the pin XLA may keep whole gradients on every device.
     A step whose loss or gradient norm is not finite changes nothing but `step`, `position` and the `skipped` count.
     """
@@ -36,14 +38,15 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         key_pixels, key_model = jax.random.split(key)
-        batch = {**batch, "image": preprocess(batch["image"], key_pixels, augment)}
+        pixels = resize(batch["image"], batch["frame"], image_size) if "frame" in batch else batch["image"]
+        batch = {k: v for k, v in batch.items() if k != "frame"} | {"image": preprocess(pixels, key_pixels, augment)}
 
         hold = frozen(optim, state.params)
-        moving = lambda params: jax.tree.map(lambda p, h: jax.lax.stop_gradient(p) if h else p, params, hold)
+        moving = lambda params: jax.tree.map(lambda p, h: jax.lax.stop_gradient(p) if h is True else p, params, hold)
         (loss, aux), grads = grad_fn(moving(state.params), state.memory, batch, key_model)
         if grad_shardings is not None:
             grads = jax.lax.with_sharding_constraint(grads, grad_shardings)
-        grads = jax.tree.map(lambda g, h: jnp.zeros_like(g) if h else g, grads, hold)
+        grads = jax.tree.map(lambda g, h: g if h is False else jnp.where(h, jnp.zeros_like(g), g), grads, hold)
 
         norm = optax.global_norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -7,7 +7,8 @@ import json
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +19,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from ml_collections import ConfigDict
 
 from jaxvl import checkpoint, config as configs, evals, report
-from jaxvl.data.dataset import Dataset, captions, open_data
+from jaxvl.data.dataset import Dataset, captions, decode_options, open_data
+from jaxvl.data.decode import canvas_side
 from jaxvl.data.stream import train_batches
 from jaxvl.data.text import Tokenizer, load_tokenizer, train_tokenizer
+from jaxvl.interop import initial
 from jaxvl.mesh import BATCH, make_mesh, place, process_rows, shardings, start_processes
 from jaxvl.methods import METHODS
 from jaxvl.methods.method import Method
-from jaxvl.optim import learning_rate, make_optimizer
+from jaxvl.models import lora
+from jaxvl.optim import frozen, learning_rate, make_optimizer
 from jaxvl.progress import say
 from jaxvl.state import STATE_RULES, TrainState, create, samples_seen
 from jaxvl.step import make_train_step
@@ -35,7 +39,7 @@ TERMINATED = 143  # exit status of a run that SIGTERM stopped: saved, not finish
 
 
 class Parts(NamedTuple):
-    """What training and evaluating a run share. spec: shapes and dtypes of a global batch as the method sees it."""
+    """What training and evaluating a run share. recipe: completed by the tokenizer and the adapters. spec: shapes and dtypes of a global batch as the method sees it."""
 
     recipe: configs.Recipe
     tokenizer: Tokenizer
@@ -68,27 +72,31 @@ def train(config: ConfigDict, workdir: Path) -> int:
         _keep_config(config, workdir)
         log.describe(config=config.to_json_best_effort(indent=2), mesh=", ".join(f"{k} {v}" for k, v in mesh.shape.items()), devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}")
         dataset = open_data(recipe.data)
+        evals.check(recipe.evals, recipe.data)
         parts = build(recipe, workdir, dataset)
         batch_size = recipe.train.batch_size
         steps = recipe.train.steps or math.ceil(recipe.train.epochs * len(dataset) / batch_size)
 
         plan = program(parts, mesh, steps)
+        fresh = not checkpoint.whole_steps(workdir / "checkpoints")
+        start = initial.plan(parts.recipe, plan.state.params, parts.tokenizer.offset) if fresh else {}
         with log.pause("compile"):
             train_step = jax.jit(plan.step, donate_argnums=0, out_shardings=plan.out_shardings).lower(plan.state, plan.batch).compile()
 
-        with checkpoint.open_saver(workdir / "checkpoints", recipe.checkpoint) as saver, _terminated() as stop:
+        with checkpoint.open_saver(workdir / "checkpoints", recipe.checkpoint) as saver, _terminated() as stop, ExitStack() as stack:
             restored = saver.restore(plan.state)
-            state = restored.state if restored else jax.jit(plan.init, out_shardings=plan.out_shardings[0])(jax.random.key(recipe.seed))
+            state = restored.state if restored else initial.fill(start, jax.jit(plan.init, out_shardings=plan.out_shardings[0])(jax.random.key(recipe.seed)))
             step = restored.step if restored else 0
             say(f"{'continuing at' if restored else 'starting at'} step {step} of {steps}, {sum(p.size for p in jax.tree.leaves(state.params)):,} parameters")
             log.start(step=step, steps=steps, batch_size=batch_size, samples_per_epoch=len(dataset),
                       flops_per_sample=3 * parts.method.flops(parts.spec), chips=jax.device_count(), device_kind=jax.devices()[0].device_kind)  # fmt: skip
             log.bad(dataset.bad)
-            batches = train_batches(dataset, parts.tokenizer, seed=recipe.seed, start=samples_seen(state.position),
-                                    batch_size=batch_size, rows=process_rows(mesh, batch_size))  # fmt: skip
+            batches = stack.enter_context(closing(train_batches(
+                dataset, parts.tokenizer, seed=recipe.seed, start=samples_seen(state.position), batch_size=batch_size, rows=process_rows(mesh, batch_size)
+            )))  # fmt: skip
 
             def save(*, block: bool = False) -> None:
-                meta = {"config": config.to_json_best_effort(), "position": {"seed": recipe.seed, "samples": step * batch_size}}
+                meta = {"config": config.to_json_best_effort(), "position": {"seed": recipe.seed, "samples": samples_seen(state.position)}}
                 with log.pause("checkpoint"):
                     saver.save(step, state, meta, values, block=block)
 
@@ -109,7 +117,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
                     log.write(step, values, galleries)
                 if stop(step):
                     save(block=True)
-                    report.write_report(workdir)
+                    if jax.process_index() == 0:
+                        report.write_report(workdir)
                     say(f"terminated: step {step} is saved; the same command continues there")
                     return TERMINATED
                 if step == steps or step % recipe.checkpoint.every == 0:
@@ -132,10 +141,14 @@ def program(parts: Parts, mesh: Mesh, steps: int) -> Program:
     shapes = jax.eval_shape(init, key)
     placed = shardings(shapes, (*STATE_RULES, *method.rules), mesh)
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
-    pixels = {"image": jax.ShapeDtypeStruct(parts.spec["image"].shape, jnp.uint8)}
+    batch_size, side = recipe.train.batch_size, recipe.data.image_size
+    pixels = {"image": jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8)}
+    if recipe.data.resize == "device":
+        canvas = canvas_side(decode_options(recipe.data))
+        pixels = {"image": jax.ShapeDtypeStruct((batch_size, canvas, canvas, 3), jnp.uint8), "frame": jax.ShapeDtypeStruct((batch_size, 6), jnp.float32)}
     batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, BATCH)) for k, v in {**parts.spec, **pixels}.items()}
     step = make_train_step(method, tx, recipe.augment, recipe.optim, learning_rate(recipe.optim, steps),
-                           accumulate=recipe.train.accumulate, grad_shardings=placed.params)  # fmt: skip
+                           image_size=side, accumulate=recipe.train.accumulate, grad_shardings=placed.params)  # fmt: skip
     return Program(init, step, state, batch, (placed, NamedSharding(mesh, P())))
 
 
@@ -149,35 +162,47 @@ def assemble(recipe: configs.Recipe, tokenizer: Tokenizer) -> Parts:
     text = recipe.text._replace(vocab_size=recipe.text.vocab_size or tokenizer.vocab_size, eos_id=recipe.text.eos_id or tokenizer.eos)
     if text.vocab_size < tokenizer.vocab_size:
         raise ValueError(f"config.text.vocab_size is {text.vocab_size}; the tokenizer has {tokenizer.vocab_size} ids")
-    method = METHODS[recipe.method.name].build(recipe.image, text, recipe.method)
+    optim = recipe.optim._replace(groups=lora.groups(recipe.optim.groups)) if recipe.lora.rank else recipe.optim
+    method = lora.wrap(METHODS[recipe.method.name].build(recipe.image, text, recipe.method), recipe.lora, partial(frozen, optim))
     size, batch = recipe.data.image_size, recipe.train.batch_size
     spec = {
         "image": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32),
         "tokens": jax.ShapeDtypeStruct((batch, tokenizer.context_length), jnp.int32),
     }
-    return Parts(recipe, tokenizer, method, spec)
+    return Parts(recipe._replace(text=text, optim=optim), tokenizer, method, spec)
 
 
 def evaluate(workdir: Path, overrides: list[str], *, step: int | None = None, ema: bool = False) -> int:
     """Evaluate a checkpoint of the run in `workdir` with the code the run itself uses; prints the table and writes eval.json."""
-    file = workdir / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{workdir} is no run: it has no config.json")
-    recipe = configs.read(configs.load(str(file), overrides))
+    recipe = read_recipe(workdir, overrides)
     start_processes()
     mesh = make_mesh(recipe.mesh)
     with jax.set_mesh(mesh):
         parts = build(recipe, workdir, None)
-        key = jax.random.key(recipe.seed)
-        shapes, _ = jax.eval_shape(lambda: parts.method.init(key, parts.spec))
-        placed = shardings(shapes, parts.method.rules, mesh)
-        shapes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
-        found = checkpoint.restore_params(workdir / "checkpoints", shapes, ema=ema, step=step)
+        found = read_params(parts, workdir, mesh, step=step, ema=ema)
         values, _ = evals.run(recipe.evals, parts.method, found.state, parts.tokenizer, recipe.data, recipe.augment)
     if jax.process_index() == 0:
         (workdir / "eval.json").write_text(json.dumps({"step": found.step, "ema": ema, **values}, indent=2))
         report.print_values(values)
     return 0
+
+
+def read_recipe(workdir: Path, overrides: list[str]) -> configs.Recipe:
+    """The recipe of the run in `workdir`, changed by `overrides`. Raises ValueError where there is no run."""
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{workdir} is no run: it has no config.json")
+    return configs.read(configs.load(str(file), overrides))
+
+
+def read_params(parts: Parts, workdir: Path, mesh: Mesh | None, *, step: int | None = None, ema: bool = False) -> checkpoint.Restored:
+    """The parameters of a run's checkpoint, split over `mesh`, or as numpy arrays without one."""
+    key = jax.random.key(parts.recipe.seed)
+    shapes, _ = jax.eval_shape(lambda: parts.method.init(key, parts.spec))
+    if mesh is not None:
+        placed = shardings(shapes, parts.method.rules, mesh)
+        shapes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
+    return checkpoint.restore_params(workdir / "checkpoints", shapes, ema=ema, step=step)
 
 
 def _tokenizer(recipe: configs.Recipe, workdir: Path, dataset: Dataset | None) -> Tokenizer:

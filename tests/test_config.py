@@ -61,7 +61,7 @@ def test_wrong_overrides(override, words):
     (dict(mesh=3), "config.mesh is 3; it must be a section"),
 ])  # fmt: skip
 def test_wrong_configs(change, words):
-    plain = {"method": {"name": "clip"}, "train": {"steps": 1}, **change}
+    plain = {"method": {"name": "clip"}, "train": {"steps": 1}, "data": {"source": "x"}, **change}
     with pytest.raises(ConfigError) as error:
         configs.read(ConfigDict(plain))
     assert words in str(error.value)

@@ -56,7 +56,8 @@ def test_a_frozen_group_does_not_move_and_keeps_no_moments():
 @pytest.mark.parametrize("kw, words", [
     ({"warmup_steps": 10}, "optim.warmup_steps is 10"), ({"learning_rate": -1.0}, "optim.learning_rate is -1"),
     ({"ema_decay": 1.5}, "optim.ema_decay is 1.5"), ({"decay": "("}, "not a regular expression"),
-    ({"groups": (("kernal", 1.0),)}, "'kernal' matches no parameter"),
+    ({"groups": (("kernal", 1.0),)}, "'kernal' matches no parameter"), ({"unlock": (("kernel", 3),)}, "is 3; the tower has 2 layers"),
+    ({"layer_decay": (("blocks", 0.0),)}, "'blocks' is 0.0"), ({"layer_decay": (("block/", 0.5),)}, "'block/' matches no parameter"),
 ])  # fmt: skip
 def test_values_that_cannot_be(kw, words):
     with pytest.raises(ValueError, match="config.optim") as error:
@@ -66,3 +67,35 @@ def test_values_that_cannot_be(kw, words):
 
 def test_group_factors_take_the_first_match():
     assert factors(OptimOptions(groups=(("kernel", 0.1), ("blocks", 0.2))), PARAMS) == {"blocks": {"kernel": 0.1, "bias": 0.2}, "temperature": 1.0}
+
+
+TOWERS = {
+    "image": {"patch": {"kernel": jnp.ones((2, 4))}, "blocks": {"kernel": jnp.ones((3, 2, 4))}, "norm": {"scale": jnp.ones(4)}},
+    "text": {"embed": jnp.ones((5, 4)), "blocks": {"bias": jnp.ones((2, 4))}, "norm": {"scale": jnp.ones(4)}},
+    "t": jnp.array(1.0),
+}
+
+
+def test_layer_decay_falls_from_the_top_of_each_tower():
+    got = factors(OptimOptions(layer_decay=(("^image/", 0.5),), groups=(("image/norm", 3.0), ("text/blocks", 0.1))), TOWERS)
+    assert got["image"]["patch"]["kernel"] == 0.5**4 and got["image"]["norm"]["scale"] == 3.0 and got["t"] == 1.0
+    np.testing.assert_allclose(got["image"]["blocks"]["kernel"], np.array([0.125, 0.25, 0.5]).reshape(3, 1, 1))
+    assert got["text"] == {"embed": 1.0, "blocks": {"bias": 0.1}, "norm": {"scale": 1.0}}
+
+
+def test_only_the_unlocked_layers_move_and_have_moments():
+    o = OptimOptions(unlock=(("^image/", 1),), groups=(("^text/", 0.0),), learning_rate=0.1, schedule="constant", clip_norm=0.0)
+    hold = frozen(o, TOWERS)
+    assert hold["image"]["patch"]["kernel"] is True and hold["image"]["norm"]["scale"] is False and hold["t"] is False
+    assert hold["image"]["blocks"]["kernel"].tolist() == [[[True]], [[True]], [[False]]]
+    tx = make_optimizer(o, TOWERS, 10)
+    state = tx.init(TOWERS)
+    moments = {jax.tree_util.keystr(p): m.shape for p, m in jax.tree_util.tree_leaves_with_path(state) if ".mu" in jax.tree_util.keystr(p)}
+    assert sorted(moments.values()) == [(), (1, 2, 4), (4,)] and not any("text" in name for name in moments)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, TOWERS), state, TOWERS)
+    alone = make_optimizer(OptimOptions(learning_rate=0.1, schedule="constant", clip_norm=0.0), TOWERS, 10)
+    want, _ = alone.update(jax.tree.map(jnp.ones_like, TOWERS), alone.init(TOWERS), TOWERS)
+    np.testing.assert_array_equal(updates["image"]["blocks"]["kernel"][:2], 0)
+    np.testing.assert_array_equal(updates["image"]["blocks"]["kernel"][2], want["image"]["blocks"]["kernel"][2])
+    np.testing.assert_array_equal(updates["text"]["embed"], 0)
+    np.testing.assert_array_equal(updates["t"], want["t"])

@@ -43,7 +43,7 @@ def batch(seed=0):
 
 
 def step_of(method, tx, optim=OPTIM, **kw):
-    return make_train_step(method, tx, AugmentOptions(), optim, learning_rate(optim, 10), **kw)
+    return make_train_step(method, tx, AugmentOptions(), optim, learning_rate(optim, 10), image_size=4, **kw)
 
 
 def test_one_step_is_the_optimiser_applied_to_the_gradient():

@@ -93,7 +93,7 @@ def test_sharded_training_moves_adapters_and_named_groups_alone():
     options = LoraOptions(rank=4, targets=r"blocks/.*kernel$")
     method = wrapped(options)
     tx = make_optimizer(OPTIM, jax.eval_shape(lambda k: method.init(k, SPEC)[0], jax.random.key(0)), 10)
-    mesh = meshes.make_mesh(meshes.MeshOptions(2, 2, 2))
+    mesh = meshes.make_mesh(meshes.MeshOptions(1, 2, 2), jax.devices()[:4])
     with jax.set_mesh(mesh):
 
         def init(key):

@@ -1,0 +1,262 @@
+"""`jaxvl export`: a run's model as other programs load it, and the measured difference between theirs and ours.
+
+    hf           CLIPModel, SiglipModel or VisionTextDualEncoderModel: AutoModel.from_pretrained(OUT)
+    safetensors  our own names and layout, with the run's config
+    stablehlo    both embedding functions for cpu, cuda and tpu, batch size open; parameters beside them
+    onnx         both embedding functions with their parameters, batch size open
+"""
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxvl.interop import hugging_face, tensors
+from jaxvl.interop.vocabulary import write_tokenizer
+from jaxvl.methods import METHODS
+from jaxvl.models import lora
+from jaxvl.progress import say
+
+FACES = ("image", "text")
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of embeddings of unit norm
+ROWS = 4  # of the random input; a batch size that no program was made for
+PLATFORMS = ("cpu", "cuda", "tpu")
+FORMATS = ("hf", "safetensors", "stablehlo", "onnx")
+
+
+class Model(NamedTuple):
+    """What is exported. params: numpy, without adapters. ours: (images, tokens) -> embeddings, by the run's own method and
+    parameters; plain: the same method without adapters."""
+
+    recipe: Any
+    tokenizer: Any
+    plain: Any
+    params: dict[str, Any]
+    ours: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+    step: int
+
+    @property
+    def dtype(self) -> str:
+        return "float32" if self.recipe.image.dtype == self.recipe.text.dtype == "float32" else "bfloat16"
+
+
+def run(parts: Any, found: Any, kind: str, out: Path) -> int:
+    """Export the method of `parts` with the parameters `found` (checkpoint.Restored) into the new folder `out`.
+
+    Prints the largest difference between embeddings of the exported model and of ours on random input. `out` appears when it
+    is whole and within tolerance; raises ValueError where it is not, or where the run cannot be written in this format.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists; choose another --out or delete it")
+    model = _model(parts, found)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        with jax.default_matmul_precision("highest"):
+            measured = WRITERS[kind](model, partial)
+            for reader, difference in measured.items():
+                say(f"{kind} read by {reader}: embeddings differ by at most {difference:.2e} (tolerance {TOLERANCE[model.dtype]:.0e})")
+        if not all(difference <= TOLERANCE[model.dtype] for difference in measured.values()):
+            raise ValueError(f"the exported model differs from ours by more than {TOLERANCE[model.dtype]:.0e}: {measured}; nothing is written")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(out)
+    return 0
+
+
+def _model(parts: Any, found: Any) -> Model:
+    recipe, params = parts.recipe, found.state
+    faces = jax.jit(lambda p, images, tokens: (parts.method.embed_image(p, images), parts.method.embed_text(p, tokens)))
+    plain = METHODS[recipe.method.name].build(recipe.image, recipe.text, recipe.method)
+    merged = lora.merge(params, recipe.lora) if recipe.lora.rank else params
+    ours = lambda images, tokens: tuple(np.asarray(e) for e in faces(params, images, tokens))
+    return Model(recipe, parts.tokenizer, plain, hugging_face.as_numpy(merged), ours, found.step)
+
+
+def random_input(model: Model) -> tuple[np.ndarray, np.ndarray]:
+    """Images float32 [ROWS, S, S, 3] and captions int32 [ROWS, L] of every length: random ids, an end of text, padding."""
+    rng = np.random.default_rng(0)
+    size, length = model.recipe.data.image_size, model.tokenizer.context_length
+    images = rng.standard_normal((ROWS, size, size, 3)).astype(np.float32)
+    tokens = rng.integers(1, model.tokenizer.vocab_size, (ROWS, length)).astype(np.int32)
+    tokens[tokens == model.tokenizer.eos] = 1 if model.tokenizer.eos != 1 else 2
+    for row, end in enumerate(np.linspace(1, length - 1, ROWS).astype(int)):
+        tokens[row, end], tokens[row, end + 1 :] = model.tokenizer.eos, 0
+    return images, tokens
+
+
+def _difference(one: tuple[Any, Any], other: tuple[Any, Any]) -> float:
+    return max(float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)))) for a, b in zip(one, other, strict=True))
+
+
+def _hf(model: Model, folder: Path) -> dict[str, float]:
+    recipe = model.recipe
+    what = hugging_face.target(recipe.method, recipe.image, recipe.text, model.params, recipe.data.image_size)
+    hugging_face.write(folder, what, "float32")
+    _json(folder / "config.json", {"architectures": [what.architecture], "dtype": "float32", **what.config})
+    _json(folder / "preprocessor_config.json", _preprocessor(recipe))
+    write_tokenizer(model.tokenizer, folder, what.ids)
+    (folder / "README.md").write_text(_card(model, what.architecture))
+    images, tokens = random_input(model)
+    ours, theirs = model.ours(images, tokens), tokens if what.ids is None else what.ids[tokens]
+    faces = hugging_face.open_folder(folder)
+    measured = {"our importer": _difference(ours, (faces.embed_image(images), faces.embed_text(jnp.asarray(theirs))))}
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        say("torch is not installed, so the folder is not loaded in transformers here")
+    else:
+        mask = None if what.architecture == "SiglipModel" else tokens != 0
+        measured["transformers"] = _difference(ours, hugging_face.embeddings_in_torch(folder, images, theirs, mask))
+    return measured
+
+
+def _safetensors(model: Model, folder: Path) -> dict[str, float]:
+    _write_params(model, folder)
+    _json(folder / "config.json", {"format": "jaxvl", "step": model.step, "config": _sections(model.recipe)})
+    model.tokenizer.save(folder / "tokenizer")
+    return {"safetensors": _reread(model, folder, lambda p, images, tokens: (model.plain.embed_image(p, images), model.plain.embed_text(p, tokens)))}
+
+
+def _stablehlo(model: Model, folder: Path) -> dict[str, float]:
+    """{image,text}.stablehlo: serialised jax.export programs of ({name: array}, inputs) -> embeddings float32 [batch, width]."""
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ValueError("flatbuffers is not installed, in which jax.export writes programs: pip install 'jaxvl[stablehlo]'")
+    _write_params(model, folder)
+    flat = _flat(model.params)
+    shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}
+    images, tokens = random_input(model)
+    batch = jax.export.symbolic_shape("batch")
+    programs = []
+    for name, inputs in (("image", images), ("text", tokens)):
+        face = getattr(model.plain, f"embed_{name}")
+        whole = lambda p, x, face=face: face(flax.traverse_util.unflatten_dict(p, sep="/"), x)
+        used = {path: shape for path, shape in shapes.items() if path.startswith(name + "/")}
+        made = jax.export.export(jax.jit(whole), platforms=PLATFORMS)(used, jax.ShapeDtypeStruct((*batch, *inputs.shape[1:]), inputs.dtype))
+        (folder / f"{name}.stablehlo").write_bytes(made.serialize())
+        read = jax.export.deserialize(bytearray((folder / f"{name}.stablehlo").read_bytes()))
+        programs.append(lambda p, x, read=read, start=name + "/": read.call({k: v for k, v in p.items() if k.startswith(start)}, x))
+    model.tokenizer.save(folder / "tokenizer")
+    (folder / "README.md").write_text(_STABLEHLO.format(size=images.shape[1], length=tokens.shape[1]))
+    stored = {k: tensors.read(v) for k, v in tensors.find(folder).items()}
+    return {"jax.export": _difference(model.ours(images, tokens), (programs[0](stored, images), programs[1](stored, tokens)))}
+
+
+def _onnx(model: Model, folder: Path) -> dict[str, float]:
+    """{image,text}.onnx with their parameters inside, compared in onnxruntime."""
+    try:
+        import jax2onnx
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError(
+            f"{error.name} is not installed. jax2onnx wants an older Orbax, so the onnx extra lives in an environment of its own:\n"
+            "  python -m venv .venv-onnx && .venv-onnx/bin/pip install 'jaxvl[onnx]'\n  .venv-onnx/bin/jaxvl export RUN --format onnx --out DIR"
+        ) from None
+    images, tokens = random_input(model)
+    got = []
+    for name, inputs in (("image", images), ("text", tokens)):
+        face = getattr(model.plain, f"embed_{name}")
+        shape = jax.ShapeDtypeStruct(("B", *inputs.shape[1:]), inputs.dtype)
+        file = folder / f"{name}.onnx"
+        jax2onnx.to_onnx(lambda x, face=face: face(jax.tree.map(jnp.asarray, model.params), x), inputs=[shape], model_name=name, return_mode="file", output_path=str(file))
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        got.append(session.run(None, {session.get_inputs()[0].name: inputs})[0])
+    model.tokenizer.save(folder / "tokenizer")
+    return {"onnxruntime": _difference(model.ours(images, tokens), tuple(got))}
+
+
+WRITERS: dict[str, Callable[[Model, Path], dict[str, float]]] = {"hf": _hf, "safetensors": _safetensors, "stablehlo": _stablehlo, "onnx": _onnx}
+
+
+def _flat(params: dict[str, Any]) -> dict[str, np.ndarray]:
+    return flax.traverse_util.flatten_dict(params, sep="/")
+
+
+def _write_params(model: Model, folder: Path) -> None:
+    flat = _flat(model.params)
+    tensors.write(folder / tensors.SINGLE, {path: (x.shape, x.dtype) for path, x in flat.items()}, flat.items())
+
+
+def _reread(model: Model, folder: Path, faces: Callable) -> float:
+    params = flax.traverse_util.unflatten_dict({k: tensors.read(v) for k, v in tensors.find(folder).items()}, sep="/")
+    images, tokens = random_input(model)
+    return _difference(model.ours(images, tokens), jax.jit(faces)(params, images, tokens))
+
+
+def _preprocessor(recipe: Any) -> dict[str, Any]:
+    """The evaluation's own preparation: the centred square or the whole image, antialiased bicubic, mean and deviation."""
+    size = recipe.data.image_size
+    square = {"height": size, "width": size}
+    crop = {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square} if recipe.data.fit == "crop" else {"size": square, "do_center_crop": False}
+    return {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "resample": 3, **crop, "do_rescale": True, "rescale_factor": 1 / 255,
+            "do_normalize": True, "image_mean": list(recipe.augment.mean), "image_std": list(recipe.augment.std), "do_convert_rgb": True}  # fmt: skip
+
+
+def _sections(recipe: Any) -> dict[str, Any]:
+    plain = lambda x: {k: plain(v) for k, v in (x._asdict() if hasattr(x, "_asdict") else x).items()} if hasattr(x, "_asdict") or isinstance(x, dict) else x
+    return plain(recipe)
+
+
+def _json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _card(model: Model, architecture: str) -> str:
+    recipe = model.recipe
+    pad = 'padding="max_length"' if architecture == "SiglipModel" else "padding=True"
+    start = ", ".join(f"{name} tower from {getattr(recipe.init, name)}" for name in FACES if getattr(recipe.init, name)) or "random numbers"
+    return _CARD.format(
+        architecture=architecture, method=recipe.method.name, step=model.step, batch=recipe.train.batch_size, source=recipe.data.source, start=start, pad=pad,
+        size=recipe.data.image_size, length=model.tokenizer.context_length, count=f"{sum(x.size for x in jax.tree.leaves(model.params)):,}",
+    )  # fmt: skip
+
+
+_CARD = """---
+library_name: transformers
+tags: [jaxvl, {method}, vision-language]
+---
+# {architecture} trained with jaxvl
+
+| | |
+|---|---|
+| method | {method} |
+| parameters | {count} |
+| started from | {start} |
+| trained on | `{source}` |
+| training | {step} steps of {batch} pairs |
+| images | {size} x {size} pixels |
+| captions | {length} tokens at most |
+
+```python
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained(folder).eval()
+pixels = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")
+tokens = AutoTokenizer.from_pretrained(folder)(captions, {pad}, truncation=True, max_length={length}, return_tensors="pt")
+out = model(**pixels, **tokens)
+similarity = out.text_embeds @ out.image_embeds.T
+```
+"""
+
+_STABLEHLO = """# Embedding functions as StableHLO
+
+`image.stablehlo` maps float32 [batch, {size}, {size}, 3] (normalised pixels), `text.stablehlo` int32 [batch, {length}] to float32
+embeddings of unit norm, for any batch, on cpu, cuda and tpu. Each takes the tensors of `model.safetensors` that begin with its name.
+
+```python
+import jax
+from safetensors.numpy import load_file
+
+embed = jax.export.deserialize(bytearray(open("image.stablehlo", "rb").read()))
+params = {{k: v for k, v in load_file("model.safetensors").items() if k.startswith("image/")}}
+embeddings = embed.call(params, images)
+```
+"""

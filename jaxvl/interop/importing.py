@@ -1,0 +1,126 @@
+"""`jaxvl import`: published weights become a verified checkpoint of ours, beside the options of its towers.
+
+    OUT/model.json      which model it is: what `interop.initial` and configs read
+    OUT/checkpoints/    its parameters as step 0, hashed
+    OUT/tokenizer/      the source's tokenizer, where it has one: a value for config.tokenizer.name
+"""
+import json
+import re
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxvl import checkpoint
+from jaxvl.interop import load, tensors
+from jaxvl.interop.published import Published
+from jaxvl.models.text import TextOptions
+from jaxvl.models.vit import VitOptions
+from jaxvl.progress import say
+
+FILE, FORMAT = "model.json", 1
+KEPT = ("config.json", "model*.safetensors", "*.safetensors.index.json", "open_clip_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
+
+
+class Origin(NamedTuple):
+    """What an imported folder remembers of its source. layout: place in `names.layouts`; with prefix it writes the files back."""
+
+    model: Published
+    source: str
+    prefix: str
+
+
+def run(source: str, out: Path, *, dtype: str = "") -> int:
+    """Import a folder, an index, a safetensors file or a name on the Hugging Face hub into the new folder `out`.
+
+    dtype: of the parameters, float32 or bfloat16; by default bfloat16 where every tensor is, else float32. `out` appears when it
+    is whole. Raises ValueError for a source that is damaged or no model of ours, listing every tensor at fault, FileExistsError.
+    """
+    started = time.perf_counter()
+    if out.exists():
+        raise FileExistsError(f"{out} exists; choose another --out or delete it")
+    files = _fetch(source)
+    stored = tensors.find(files)
+    dtype = dtype or ("bfloat16" if all(t.dtype.name == "bfloat16" for t in stored.values()) else "float32")
+    found = load.load(files, dtype=dtype)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with checkpoint.open_saver(partial / "checkpoints", checkpoint.CheckpointOptions()) as saver:
+            saver.save(0, {"params": found.params}, {"source": source}, block=True)
+        (partial / "checkpoints" / "LOCK").unlink()
+        body = {"format": FORMAT, **Origin(found.model, source, found.prefix)._asdict(), "model": _plain(found.model)}
+        (partial / FILE).write_text(json.dumps(body, indent=1) + "\n")
+        _keep_tokenizer(files if files.is_dir() else files.parent, partial / "tokenizer")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    leaves = jax.tree.leaves(found.params)
+    size, peak = sum(x.nbytes for x in leaves), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    say(f"{source}: {sum(x.size for x in leaves):,} parameters in {len(stored)} tensors, {size / 1e9:.2f} GB as {dtype}")
+    say(f"{time.perf_counter() - started:.1f} s; the process held at most {peak / 1e9:.2f} GB of host memory")
+    if found.dropped:
+        say(f"no weights of the model, left out: {', '.join(found.dropped)}")
+    for name in ("image", "text"):
+        if getattr(found.model, name):
+            print(f"config.{name} = dict({', '.join(f'{k}={v!r}' for k, v in tower(out, name).items())})")
+            print(f'config.init.{name} = "{out}"')
+    return 0
+
+
+def read(folder: str | Path) -> Origin:
+    """What `run` wrote beside the parameters. Raises ValueError where the folder is none of its own."""
+    file = Path(folder) / FILE
+    try:
+        body = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is no folder of `jaxvl import`: {file.name} cannot be read ({error})") from None
+    if body.get("format") != FORMAT:
+        raise ValueError(f"{file}: format {body.get('format')}, but this version of jaxvl reads format {FORMAT}; import it again")
+    m = body["model"]
+    options = {name: options_of(kind, m[name]) if m[name] else None for name, kind in (("image", VitOptions), ("text", TextOptions))}
+    return Origin(Published(**{**m, **options, "scalars": tuple(m["scalars"])}), body["source"], body["prefix"])
+
+
+def tower(folder: str | Path, name: str) -> dict[str, Any]:
+    """The section of a config that describes an imported tower, without what is a default: `config.image = tower(folder, "image")`."""
+    options = getattr(read(folder).model, name)
+    if options is None:
+        raise ValueError(f"{folder} has no {name} tower")
+    return {k: v for k, v in options._asdict().items() if v != options._field_defaults[k]}
+
+
+def options_of(kind: Any, section: dict[str, Any]) -> Any:
+    """A tower's options of a JSON section; keys of another version are left out."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in section.items() if k in kind._fields})
+
+
+def _plain(model: Published) -> dict[str, Any]:
+    return {k: v._asdict() if hasattr(v, "_asdict") else v for k, v in model._asdict().items()}
+
+
+def _fetch(source: str) -> Path:
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", source):
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = source.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*KEPT, *TOKENIZER]))
+    except Exception as error:
+        raise ValueError(f"{source} is no local path, and cannot be fetched from the hub: {str(error).splitlines()[0]}") from None
+
+
+def _keep_tokenizer(folder: Path, target: Path) -> None:
+    found = [folder / name for name in TOKENIZER if (folder / name).is_file()]
+    if not any(p.name in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model") for p in found):
+        return
+    target.mkdir()
+    for path in [*found, folder / "config.json"]:  # the config names the tokenizer's class where its own files do not
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
