@@ -9,7 +9,7 @@ import runpy
 import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +70,7 @@ class Recipe(NamedTuple):
 
 
 SECTIONS = {name: kind for name, kind in Recipe.__annotations__.items() if hasattr(kind, "_fields")}
-CHECKS = {"tokenizer": text.check, "data": dataset.check, "augment": augment.check, "checkpoint": checkpoint.check, "log": report.check}
+CHECKS: dict[str, Callable[[Any], Any]] = {"tokenizer": text.check, "data": dataset.check, "augment": augment.check, "checkpoint": checkpoint.check, "log": report.check}
 
 
 def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
