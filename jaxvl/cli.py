@@ -2,6 +2,7 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,12 +73,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return RUN[known.verb](known, overrides)
     except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        if os.environ.get("JAXVL_TRACEBACK"):
-            raise
+        return _leave(130)
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError)) or os.environ.get("JAXVL_TRACEBACK"):
+            traceback.print_exc()
+            return _leave(1)
         print(f"jaxvl {known.verb}: {error}\n(JAXVL_TRACEBACK=1 shows where)", file=sys.stderr)
-        return 2
+        return _leave(2)
+
+
+def _leave(status: int) -> int:
+    """The exit status; in a run of several processes an exit at once, since JAX's own waits for the others, which wait for this one."""
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:

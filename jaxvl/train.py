@@ -68,7 +68,12 @@ def train(config: ConfigDict, workdir: Path) -> int:
     recipe = configs.read(config)
     start_processes()
     mesh = make_mesh(recipe.mesh)
-    with jax.set_mesh(mesh), report.open_log(recipe.log, workdir, jax.process_index()) as log:
+    # The saver locks the workdir, so it comes before anything is written there.
+    with (
+        jax.set_mesh(mesh),
+        checkpoint.open_saver(workdir / "checkpoints", recipe.checkpoint) as saver,
+        report.open_log(recipe.log, workdir, jax.process_index()) as log,
+    ):
         _keep_config(config, workdir)
         log.describe(config=config.to_json_best_effort(indent=2), mesh=", ".join(f"{k} {v}" for k, v in mesh.shape.items()), devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}")
         dataset = open_data(recipe.data)
@@ -83,7 +88,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         with log.pause("compile"):
             train_step = jax.jit(plan.step, donate_argnums=0, out_shardings=plan.out_shardings).lower(plan.state, plan.batch).compile()
 
-        with checkpoint.open_saver(workdir / "checkpoints", recipe.checkpoint) as saver, _terminated() as stop, ExitStack() as stack:
+        with _terminated() as stop, ExitStack() as stack:
             restored = saver.restore(plan.state)
             state = restored.state if restored else initial.fill(start, jax.jit(plan.init, out_shardings=plan.out_shardings[0])(jax.random.key(recipe.seed)))
             step = restored.step if restored else 0
@@ -117,7 +122,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                     log.write(step, values, galleries)
                 if stop(step):
                     save(block=True)
-                    if jax.process_index() == 0:
+                    if recipe.log.html and jax.process_index() == 0:
                         report.write_report(workdir)
                     say(f"terminated: step {step} is saved; the same command continues there")
                     return TERMINATED

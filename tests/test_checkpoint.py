@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import NamedSharding, PartitionSpec as P
-from running import environment, peers
 
 from jaxvl import checkpoint, manifest
 from jaxvl.checkpoint import CheckpointOptions, SaveError, best_step, open_saver, restore, restore_params, verified
@@ -365,68 +364,6 @@ def test_full_disk(tmp_path, limit, words):
         assert sorted(p.name for p in folder.iterdir()) == ["00000001", "LOCK"]
         saver.save(3, noise(1 << 16), {}, block=True)  # the disk has room again: the saver still works
         same_bits(restore(folder, abstract(noise(1 << 16))).state, noise(1 << 16))
-
-
-TWO_PROCESSES = """
-import json, logging, pathlib, sys
-import jax, numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec as P
-from jaxvl.checkpoint import CheckpointOptions, open_saver
-from jaxvl.manifest import whole_steps
-from jaxvl.mesh import MeshOptions, make_mesh, start_processes
-
-start_processes()
-folder, said = pathlib.Path(sys.argv[1]), {}
-lines = []
-logging.getLogger("jaxvl").addHandler(type("Keep", (logging.Handler,), {"emit": lambda self, record: lines.append(record.getMessage())})())
-mesh = make_mesh(MeshOptions(data=1, fsdp=-1))
-spread = lambda x, spec: jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
-state = {"w": spread(np.arange(32, dtype=np.float32).reshape(8, 4), P("fsdp")), "r": spread(np.arange(6, dtype=np.int32), P())}
-abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-with open_saver(folder, CheckpointOptions()) as saver:
-    for step in (1, 2):
-        saver.save(step, state, {"step": step})
-    saver.wait()
-    said["whole"] = whole_steps(folder)
-    try:
-        open_saver(folder, CheckpointOptions())
-    except Exception as error:
-        said["second"] = type(error).__name__
-    if jax.process_index() == 0:
-        data = max((folder / "00000002").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
-        data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
-    multihost_utils.sync_global_devices("damaged")
-    found = saver.restore(abstract)
-    said["restored"] = found.step
-    said["same"] = all(np.array_equal(a.data, b.data) for k in state for a, b in zip(found.state[k].addressable_shards, state[k].addressable_shards))
-    if jax.process_index() == 0:
-        (folder / "00000003.saving").write_text("in the way")
-    multihost_utils.sync_global_devices("blocked")
-    try:
-        saver.save(3, state, {})
-    except Exception as error:
-        said["blocked"] = type(error).__name__
-said["lines"] = lines
-print("SAID", json.dumps(said))
-"""
-
-
-def test_two_processes(tmp_path):
-    """One manifest, one verdict: both processes agree on the damaged step, the lock and a failed save; one device reads it all."""
-    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    runs = [subprocess.Popen(command, env=environment(**peer), **pipes) for peer in peers(2)]
-    outs = [run.communicate(timeout=120) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outs
-    said = [json.loads(out.split("SAID ")[1]) for out, _ in outs]
-    for one in said:
-        assert (one["whole"], one["restored"], one["same"]) == ([2, 1], 1, True)
-    assert [one["second"] for one in said] == ["LockedError", "OSError"]
-    assert [one["blocked"] for one in said] == ["SaveError", "OSError"]
-    assert all("step 2 is damaged" in " ".join(one["lines"]) for one in said)
-    whole = {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32), "r": jax.ShapeDtypeStruct((6,), jnp.int32)}
-    np.testing.assert_array_equal(restore(tmp_path, whole).state["w"], np.arange(32, dtype=np.float32).reshape(8, 4))
 
 
 @pytest.mark.parametrize("options, words", [({"every": 0}, "every is 0"), ({"keep": 0}, "keep is 0"), ({"keep_every": -1}, "keep_every is -1"), ({"best_mode": "most"}, "'most'")])

@@ -88,11 +88,14 @@ def read(folder: str | Path) -> Origin:
 
 
 def tower(folder: str | Path, name: str) -> dict[str, Any]:
-    """The section of a config that describes an imported tower, without what is a default: `config.image = tower(folder, "image")`."""
+    """The section of a config that describes an imported tower: `config.image = tower(folder, "image")`.
+
+    Defaults are left out, and the head, which is the method's.
+    """
     options = getattr(read(folder).model, name)
     if options is None:
         raise ValueError(f"{folder} has no {name} tower")
-    return {k: v for k, v in options._asdict().items() if v != options._field_defaults[k]}
+    return {k: v for k, v in options._asdict().items() if v != options._field_defaults[k] and k not in ("head", "head_bias")}
 
 
 def options_of(kind: Any, section: dict[str, Any]) -> Any:

@@ -46,7 +46,7 @@ class Watchdog:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         if os.fstat(self._frozen.fileno()).st_size == 0:
-            os.unlink(self._frozen.name)
+            Path(self._frozen.name).unlink(missing_ok=True)
         self._frozen.close()
 
     def _watch(self) -> None:
