@@ -3,7 +3,6 @@
     hf           CLIPModel, SiglipModel or VisionTextDualEncoderModel: AutoModel.from_pretrained(OUT)
     safetensors  our own names and layout, with the run's config
     stablehlo    both embedding functions for cpu, cuda and tpu, batch size open; parameters beside them
-    onnx         both embedding functions with their parameters, batch size open
 """
 import importlib.util
 import json
@@ -27,7 +26,6 @@ FACES = ("image", "text")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of embeddings of unit norm
 ROWS = 4  # of the random input; a batch size that no program was made for
 PLATFORMS = ("cpu", "cuda", "tpu")
-FORMATS = ("hf", "safetensors", "stablehlo", "onnx")
 
 
 class Model(NamedTuple):
@@ -150,30 +148,7 @@ def _stablehlo(model: Model, folder: Path) -> dict[str, float]:
     return {"jax.export": _difference(model.ours(images, tokens), (programs[0](stored, images), programs[1](stored, tokens)))}
 
 
-def _onnx(model: Model, folder: Path) -> dict[str, float]:
-    """{image,text}.onnx with their parameters inside, compared in onnxruntime."""
-    try:
-        import jax2onnx
-        import onnxruntime
-    except ImportError as error:
-        raise ValueError(
-            f"{error.name} is not installed. jax2onnx wants an older Orbax, so the onnx extra lives in an environment of its own:\n"
-            "  python -m venv .venv-onnx && .venv-onnx/bin/pip install 'jaxvl[onnx]'\n  .venv-onnx/bin/jaxvl export RUN --format onnx --out DIR"
-        ) from None
-    images, tokens = random_input(model)
-    got = []
-    for name, inputs in (("image", images), ("text", tokens)):
-        face = getattr(model.plain, f"embed_{name}")
-        shape = jax.ShapeDtypeStruct(("B", *inputs.shape[1:]), inputs.dtype)
-        file = folder / f"{name}.onnx"
-        jax2onnx.to_onnx(lambda x, face=face: face(jax.tree.map(jnp.asarray, model.params), x), inputs=[shape], model_name=name, return_mode="file", output_path=str(file))
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        got.append(session.run(None, {session.get_inputs()[0].name: inputs})[0])
-    model.tokenizer.save(folder / "tokenizer")
-    return {"onnxruntime": _difference(model.ours(images, tokens), tuple(got))}
-
-
-WRITERS: dict[str, Callable[[Model, Path], dict[str, float]]] = {"hf": _hf, "safetensors": _safetensors, "stablehlo": _stablehlo, "onnx": _onnx}
+WRITERS: dict[str, Callable[[Model, Path], dict[str, float]]] = {"hf": _hf, "safetensors": _safetensors, "stablehlo": _stablehlo}
 
 
 def _flat(params: dict[str, Any]) -> dict[str, np.ndarray]:
