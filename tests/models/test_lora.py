@@ -112,7 +112,7 @@ def test_sharded_training_moves_adapters_and_named_groups_alone():
         moments = [jax.tree_util.keystr(p) for p, m in jax.tree_util.tree_leaves_with_path(state.opt_state) if m.ndim]
         assert moments and all("lora" in name for name in moments)
 
-        step = jax.jit(make_train_step(method, tx, AugmentOptions(), OPTIM, learning_rate(OPTIM, 10), accumulate=2, grad_shardings=placed.params))
+        step = jax.jit(make_train_step(method, tx, AugmentOptions(), OPTIM, learning_rate(OPTIM, 10), image_size=8, accumulate=2, grad_shardings=placed.params))
         pixels = np.random.default_rng(1).integers(0, 256, (8, 8, 8, 3), np.uint8)
         arrays = meshes.place({**batch(), "image": pixels}, mesh)
         after = step(step(state, arrays)[0], arrays)[0]
