@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.method = dict(name="siglip", width=768, impl="ring")
+    config.method = dict(name="siglip", impl="ring")
     config.image = dict(variant="B/16", pool="map", class_tokens=0, act="gelu_tanh")
     config.text = dict(variant="B", causal=False, mask_padding=False, pool="end", act="gelu_tanh")
     config.tokenizer = dict(name="bpe", vocab_size=32_000, context_length=64)

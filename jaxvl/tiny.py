@@ -14,7 +14,7 @@ def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDic
     small.text.update(**TOWER, vocab_size=0)
     small.tokenizer.update(name="bpe", vocab_size=512, context_length=16)
     small.data.update(source="glyphs://train?size=256", weights=(), image_size=32, group_shards=2, chunk=8, threads=1, workers=0)
-    small.init.update(image="", text="")
+    small.init.update(image="", text="", image_adapter="", text_adapter="")
     small.method.width = 16
     small.optim.update(warmup_steps=min(config.optim.warmup_steps, steps - 1, 1), cooldown_steps=min(config.optim.cooldown_steps, 1))
     small.train.update(batch_size=2 * devices * config.train.accumulate, steps=steps, epochs=0.0)

@@ -3,6 +3,7 @@
     hf           CLIPModel, SiglipModel or VisionTextDualEncoderModel: AutoModel.from_pretrained(OUT)
     safetensors  our own names and layout, with the run's config
     stablehlo    both embedding functions for cpu, cuda and tpu, batch size open; parameters beside them
+    peft         the adapters of a run with LoRA, for the published models it started from: PeftModel.from_pretrained(base, OUT)
 """
 import importlib.util
 import json
@@ -16,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvl.interop import hugging_face, tensors
+from jaxvl.interop import hugging_face, importing, peft, tensors
 from jaxvl.interop.vocabulary import write_tokenizer
+from jaxvl.mesh import path_str
 from jaxvl.methods import METHODS
 from jaxvl.models import lora
+from jaxvl.optim import frozen
 from jaxvl.progress import say
 
 FACES = ("image", "text")
@@ -29,13 +32,14 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 class Model(NamedTuple):
-    """What is exported. params: numpy, without adapters. ours: (images, tokens) -> embeddings, by the run's own method and
-    parameters; plain: the same method without adapters."""
+    """What is exported. params: numpy, adapters merged; state: as the run holds them. ours: (images, tokens) -> embeddings, by
+    the run's own method and parameters; plain: the same method without adapters."""
 
     recipe: Any
     tokenizer: Any
     plain: Any
     params: dict[str, Any]
+    state: dict[str, Any]
     ours: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
     step: int
 
@@ -75,8 +79,12 @@ def _model(parts: Any, found: Any) -> Model:
     faces = jax.jit(lambda p, images, tokens: (parts.method.embed_image(p, images), parts.method.embed_text(p, tokens)))
     plain = METHODS[recipe.method.name].build(recipe.image, recipe.text, recipe.method)
     merged = lora.merge(params, recipe.lora) if recipe.lora.rank else params
-    ours = lambda images, tokens: tuple(np.asarray(e) for e in faces(params, images, tokens))
-    return Model(recipe, parts.tokenizer, plain, hugging_face.as_numpy(merged), ours, found.step)
+
+    def ours(images: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        image, text = faces(params, images, tokens)
+        return np.asarray(image), np.asarray(text)
+
+    return Model(recipe, parts.tokenizer, plain, hugging_face.as_numpy(merged), params, ours, found.step)
 
 
 def random_input(model: Model) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +129,8 @@ def _safetensors(model: Model, folder: Path) -> dict[str, float]:
     _write_params(model, folder)
     _json(folder / "config.json", {"format": "jaxvl", "step": model.step, "config": _sections(model.recipe)})
     model.tokenizer.save(folder / "tokenizer")
-    return {"safetensors": _reread(model, folder, lambda p, images, tokens: (model.plain.embed_image(p, images), model.plain.embed_text(p, tokens)))}
+    params = flax.traverse_util.unflatten_dict({k: tensors.read(v) for k, v in tensors.find(folder).items()}, sep="/")
+    return {"safetensors": _of_plain(model, params)}
 
 
 def _stablehlo(model: Model, folder: Path) -> dict[str, float]:
@@ -148,7 +157,34 @@ def _stablehlo(model: Model, folder: Path) -> dict[str, float]:
     return {"jax.export": _difference(model.ours(images, tokens), (programs[0](stored, images), programs[1](stored, tokens)))}
 
 
-WRITERS: dict[str, Callable[[Model, Path], dict[str, float]]] = {"hf": _hf, "safetensors": _safetensors, "stablehlo": _stablehlo}
+def _peft(model: Model, folder: Path) -> dict[str, float]:
+    """Adapters of one published model lie in `folder` itself; of two, in its folders image and text."""
+    recipe = model.recipe
+    if not recipe.lora.rank:
+        raise ValueError("config.lora.rank is 0: this run has no adapters to write; hf and safetensors hold whole models")
+    adapters = _flat(hugging_face.as_numpy(model.state["lora"]))
+    towers = [name for name in FACES if any(path.startswith(name + "/") for path in adapters)]
+    for name in towers:
+        start = getattr(recipe.init, name)
+        if not start or not (Path(start) / importing.FILE).is_file():
+            raise ValueError(f"adapters belong to a published model: config.init.{name} is {start!r}, no folder of `jaxvl import`; hf and safetensors merge them")
+    bases = {name: getattr(recipe.init, name) for name in towers}
+    read: dict[str, np.ndarray] = {}
+    for start in set(bases.values()):
+        mine = [name for name in towers if bases[name] == start]
+        target = folder if len(set(bases.values())) == 1 else folder / mine[0]
+        target.mkdir(exist_ok=True)
+        origin = importing.read(start)
+        peft.write(target, {path: value for path, value in adapters.items() if path.startswith(tuple(name + "/" for name in mine))}, recipe.lora, origin.model, origin.source)
+        read |= peft.read(target, origin.model, recipe.lora)
+    still = jax.tree_util.tree_leaves_with_path(frozen(recipe.optim, model.state))
+    if trained := [path_str(path) for path, fixed in still if fixed is not True and not path_str(path).startswith("lora/")]:
+        say(f"trained as well, and no part of an adapter folder: {', '.join(trained)}")
+    merged = lora.merge({**model.state, "lora": flax.traverse_util.unflatten_dict(read, sep="/")}, recipe.lora)
+    return {"our PEFT reader": _of_plain(model, merged)}
+
+
+WRITERS: dict[str, Callable[[Model, Path], dict[str, float]]] = {"hf": _hf, "safetensors": _safetensors, "stablehlo": _stablehlo, "peft": _peft}
 
 
 def _flat(params: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -160,10 +196,12 @@ def _write_params(model: Model, folder: Path) -> None:
     tensors.write(folder / tensors.SINGLE, {path: (x.shape, x.dtype) for path, x in flat.items()}, flat.items())
 
 
-def _reread(model: Model, folder: Path, faces: Callable) -> float:
-    params = flax.traverse_util.unflatten_dict({k: tensors.read(v) for k, v in tensors.find(folder).items()}, sep="/")
+def _of_plain(model: Model, params: dict[str, Any]) -> float:
+    """Difference of ours from the method without adapters on `params`."""
+    plain: Any = model.plain
+    faces = jax.jit(lambda p, images, tokens: (plain.embed_image(p, images), plain.embed_text(p, tokens)))
     images, tokens = random_input(model)
-    return _difference(model.ours(images, tokens), jax.jit(faces)(params, images, tokens))
+    return _difference(model.ours(images, tokens), faces(params, images, tokens))
 
 
 def _preprocessor(recipe: Any) -> dict[str, Any]:
@@ -176,8 +214,8 @@ def _preprocessor(recipe: Any) -> dict[str, Any]:
 
 
 def _sections(recipe: Any) -> dict[str, Any]:
-    plain = lambda x: {k: plain(v) for k, v in (x._asdict() if hasattr(x, "_asdict") else x).items()} if hasattr(x, "_asdict") or isinstance(x, dict) else x
-    return plain(recipe)
+    fields = lambda x: x._asdict() if hasattr(x, "_asdict") else x
+    return {k: _sections(v) if isinstance(fields(v), dict) else v for k, v in fields(recipe).items()}
 
 
 def _json(path: Path, content: dict[str, Any]) -> None:

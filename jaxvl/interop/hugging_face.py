@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,14 +25,14 @@ _PLAIN_TEXT = {"position": ("learned",), "norm": ("layer",), "head_dim": (0,), "
                "mlp_bias": (True,), "layer_scale": (0.0,)}  # fmt: skip
 # What the options of each kind of tower must be; WIDTH stands for the tower's own width.
 WIDTH = "its width"
-IMAGE = {
+IMAGE: dict[str, dict[str, tuple[Any, ...]]] = {
     "clip": {**_PLAIN_IMAGE, "pool": ("cls",), "class_tokens": (1,), "pre_norm": (True,), "pooler": (0,)},
     "siglip": {**_PLAIN_IMAGE, "pool": ("map",), "class_tokens": (0,), "pre_norm": (False,), "pooler": (0,)},
     "vit": {**_PLAIN_IMAGE, "pool": ("cls",), "class_tokens": (1,), "pre_norm": (False,), "pooler": (WIDTH,)},
     "dinov2": {"pool": ("cls",), "class_tokens": (1,), "pre_norm": (False,), "pooler": (0,), "qkv_bias": (True,)},
 }
 _DUAL_TEXT = {**_PLAIN_TEXT, "token_types": (0,), "embed_norm": (False,), "final_norm": (True,), "post_norm": (False,), "pooler": (0,)}
-TEXT = {
+TEXT: dict[str, dict[str, tuple[Any, ...]]] = {
     "clip": {**_DUAL_TEXT, "causal": (True,), "pool": ("eos", "argmax")},
     "siglip": {**_DUAL_TEXT, "causal": (False,), "mask_padding": (False,), "pool": ("end",)},
     "bert": {**_PLAIN_TEXT, "causal": (False,), "mask_padding": (True,), "embed_norm": (True,), "final_norm": (False,), "post_norm": (True,),
@@ -109,7 +108,7 @@ def _exact(options: Any) -> Any:
     return options._replace(dtype="float32")
 
 
-def _face(module: nn.Module, params: dict[str, Any], projection: np.ndarray | None = None) -> Any:
+def _face(module: Any, params: dict[str, Any], projection: np.ndarray | None = None) -> Any:
     project = (lambda x: x) if projection is None else (lambda x: x @ projection)
     return jax.jit(lambda inputs: unit(project(module.apply({"params": params}, inputs).pooled)))
 
@@ -181,7 +180,7 @@ def _text(kind: str, o: TextOptions, p: dict[str, Any]) -> tuple[dict[str, Any],
 def _dual_of_one_family(family: str, image: VitOptions, text: TextOptions, params: dict[str, Any], size: int) -> Target:
     vision, image_params = _image(family, image, params["image"], size)
     caption, text_params, ids = _text(family, text, params["text"])
-    config = {"model_type": family, "vision_config": vision, "text_config": caption}
+    config: dict[str, Any] = {"model_type": family, "vision_config": vision, "text_config": caption}
     if family == "clip":
         config |= {"projection_dim": image.head or image.width, "logit_scale_init_value": float(params["t"])}
     layout = names.CLIP if family == "clip" else names.SIGLIP

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvl import checkpoint, manifest
-from jaxvl.interop import importing
+from jaxvl.interop import importing, peft
 from jaxvl.interop.positions import Method, resize_table
 from jaxvl.mesh import path_str
 from jaxvl.models import text as texts, vit as vits
@@ -29,22 +29,27 @@ class InitOptions(NamedTuple):
     """Where the parameters of a run's first step come from; a run that continues reads none of it.
 
     image, text: a folder of `jaxvl import` or the workdir of a run, whose tower of that name is taken; "" starts from random
-    numbers. skip: pattern of parameters that start anew all the same. differ: options in which a tower may depart from its source.
+    numbers. image_adapter, text_adapter: a PEFT adapter folder of the published model that the tower is imported from, where
+    its LoRA adapters start; both may name one. skip: pattern of parameters that start anew all the same. differ: options in which
+    a tower may depart from its source.
     """
 
     image: str = ""
     text: str = ""
+    image_adapter: str = ""
+    text_adapter: str = ""
     skip: str = ""
     differ: tuple[str, ...] = ()
 
 
 class Leaf(NamedTuple):
-    """How one parameter starts. change: saved values -> ours, None where they are taken as they are."""
+    """How one parameter starts. change: saved values -> ours, None where they are taken as they are. adapter: values of one."""
 
-    source: str  # checkpoint folder
+    source: str  # checkpoint or adapter folder
     saved: jax.ShapeDtypeStruct
     change: Callable[[np.ndarray], np.ndarray] | None
     note: str
+    adapter: np.ndarray | None = None
 
 
 class Source(NamedTuple):
@@ -59,22 +64,25 @@ class Source(NamedTuple):
 def plan(recipe: Any, params: Any, offset: int) -> dict[str, Leaf]:
     """What `fill` will load for a config.Recipe, by path. params: shapes. offset: rows that the tokenizer puts in front of the source's ids.
 
-    Reads no weights. Raises ValueError listing every option and every parameter in which a source differs, and DamagedError.
+    Reads no weights but those of adapters. Raises ValueError listing every option and every parameter in which a source differs, and DamagedError.
     """
     options = recipe.init
     if options.skip:
         _compiles(options.skip)
     wanted = {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    ours, leaves, faults, unread = {"image": vits.resolve(recipe.image), "text": texts.resolve(recipe.text)}, {}, [], []
-    grid = vits.grid(ours["image"], recipe.data.image_size, recipe.data.image_size)
-    for name, folder in (("image", options.image), ("text", options.text)):
+    image, text = vits.resolve(recipe.image), texts.resolve(recipe.text)
+    leaves: dict[str, Leaf] = {}
+    faults: list[str] = []
+    unread: list[str] = []
+    grid = vits.grid(image, recipe.data.image_size, recipe.data.image_size)
+    for name, folder, ours in (("image", options.image, image), ("text", options.text, text)):
         if not folder:
             continue
         source = _open(folder)
         theirs = getattr(source, name)
         if theirs is None:
             raise ValueError(f"config.init.{name}: {folder} has no {name} tower")
-        faults += _differences(name, folder, ours[name], theirs, options.differ)
+        faults += _differences(name, folder, ours, theirs, options.differ)
         saved = _saved(source.checkpoints, name)
         for path in [path for path in wanted if path.startswith(name + "/")]:
             if path not in saved or (options.skip and re.search(options.skip, path)):
@@ -91,6 +99,12 @@ def plan(recipe: Any, params: Any, offset: int) -> dict[str, Leaf]:
                 faults.append(f"config.init.{name}: {path} has {have.shape} in {folder}; this config makes it {want}{_remedy(path, have, offset)}")
             leaves[path] = Leaf(str(source.checkpoints), have, change, note)
         unread += [f"{folder}: {path}" for path in saved]
+    for name in ("image", "text"):
+        if getattr(options, f"{name}_adapter"):
+            try:
+                leaves |= _adapters(name, recipe, wanted)
+            except ValueError as error:
+                faults.append(f"config.init.{name}_adapter: {error}")
     if faults:
         raise ValueError("the imported towers do not fit this config:\n  " + "\n  ".join(faults))
     if (options.image or options.text) and not leaves:
@@ -110,8 +124,9 @@ def fill(leaves: dict[str, Leaf], state: Any) -> Any:
         return state
     flat = {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
     values: dict[str, jax.Array] = {}
-    for folder in sorted({leaf.source for leaf in leaves.values()}):
-        mine = {path: leaf for path, leaf in leaves.items() if leaf.source == folder}
+    put = lambda path, value: jax.make_array_from_callback(value.shape, flat[path].sharding, lambda index: value[index]).astype(flat[path].dtype)
+    for folder in sorted({leaf.source for leaf in leaves.values() if leaf.adapter is None}):
+        mine = {path: leaf for path, leaf in leaves.items() if leaf.source == folder and leaf.adapter is None}
         place = lambda path, leaf: None if leaf.change else flat[path].sharding
         wanted = {f"params/{p}": jax.ShapeDtypeStruct(x.saved.shape, x.saved.dtype, sharding=place(p, x)) for p, x in mine.items()}
         found = checkpoint.verified(Path(folder))
@@ -120,10 +135,13 @@ def fill(leaves: dict[str, Leaf], state: Any) -> Any:
         read = checkpoint.read_leaves(Path(folder), found.step, wanted)
         for path, leaf in mine.items():
             value = read.pop(f"params/{path}")
-            if leaf.change:
-                changed = leaf.change(value)
-                value = jax.make_array_from_callback(changed.shape, flat[path].sharding, lambda index, x=changed: x[index])
-            values[path] = value.astype(flat[path].dtype)
+            values[path] = put(path, leaf.change(value)) if leaf.change else value.astype(flat[path].dtype)
+    adapters = {path: leaf.adapter for path, leaf in leaves.items() if leaf.adapter is not None}
+    values |= {path: put(path, value) for path, value in adapters.items()}
+    for path in [path for path in adapters if path.endswith("/a")]:
+        # Where A and B are both zero neither has a gradient, so ranks and layers that the folder lacks keep their random A.
+        given = np.asarray(np.any(adapters[path], -2) | np.any(adapters[path.removesuffix("a") + "b"], -1))[..., None, :]
+        values[path] = jax.jit(jnp.where, out_shardings=flat[path].sharding)(given, values[path], flat[path])
 
     def copy(path: Any, leaf: jax.Array) -> jax.Array:
         name = path_str(path)
@@ -147,6 +165,29 @@ def _open(folder: str) -> Source:
     return Source(root / "checkpoints", image, text, "bicubic")
 
 
+def _adapters(name: str, recipe: Any, wanted: dict[str, Any]) -> dict[str, Leaf]:
+    """The leaves of a tower's adapters. Raises ValueError listing what of the folder has no place."""
+    folder, base = getattr(recipe.init, f"{name}_adapter"), getattr(recipe.init, name)
+    if not recipe.lora.rank:
+        raise ValueError(f"{folder} is read into adapters, and config.lora.rank is 0")
+    if not base or not (Path(base) / importing.FILE).is_file():
+        raise ValueError(f"{folder} changes a published model; set config.init.{name} to the `jaxvl import` of that model, not {base!r}")
+    whole = peft.read(folder, importing.read(base).model, recipe.lora)
+    found = {f"lora/{path}": value for path, value in whole.items() if path.startswith(name + "/")}
+    if not found:
+        raise ValueError(f"{folder} has no adapters of the {name} tower")
+    faults = []
+    for path, value in found.items():
+        if path not in wanted and path.endswith("/a"):
+            faults.append(f"{folder} changes {path[5:-2]}, which config.lora.targets {recipe.lora.targets!r} leaves out")
+        elif path in wanted and wanted[path].shape != value.shape:
+            faults.append(f"{path} has {value.shape} in {folder}; this config makes it {wanted[path].shape}")
+    if faults:
+        raise ValueError("\n  ".join(faults))
+    taken = {path: value for path, value in found.items() if not (recipe.init.skip and re.search(recipe.init.skip, path.rpartition("/")[0]))}
+    return {path: Leaf(folder, jax.ShapeDtypeStruct(value.shape, value.dtype), None, "loaded", value) for path, value in taken.items()}
+
+
 def _saved(folder: Path, name: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a tower's leaves in the newest checkpoint, from its manifest alone."""
     steps = manifest.whole_steps(folder)
@@ -165,8 +206,11 @@ def _saved(folder: Path, name: str) -> dict[str, jax.ShapeDtypeStruct]:
 def _differences(name: str, folder: str, ours: Any, theirs: Any, allowed: tuple[str, ...]) -> list[str]:
     # The pool is free, and a run's config leaves the id that one of them needs to its tokenizer.
     theirs = (vits if name == "image" else texts).resolve(theirs._replace(pool="mean"))
-    same = lambda o: {**o._asdict(), **{k: v for k, v in (("kv_heads", getattr(o, "kv_heads", 0) or o.heads), ("layer_scale", o.layer_scale > 0),
-                                                         ("head_dim", getattr(o, "head_dim", 0) or o.width // o.heads)) if k in o._fields}}  # fmt: skip
+
+    def same(o: Any) -> dict[str, Any]:
+        alike = {"kv_heads": getattr(o, "kv_heads", 0) or o.heads, "layer_scale": o.layer_scale > 0, "head_dim": getattr(o, "head_dim", 0) or o.width // o.heads}
+        return {**o._asdict(), **{k: v for k, v in alike.items() if k in o._fields}}
+
     mine, other = same(ours), same(theirs)
     if mine.get("causal"):
         mine["mask_padding"] = other["mask_padding"]  # padding comes after a causal caption, so nothing reads it

@@ -20,7 +20,7 @@ from jaxvl.models.lora import LoraOptions
 
 CONFIG, WEIGHTS, START = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # Keys of adapter_config.json under which the files are no plain low-rank change, and the values that leave them one.
-PLAIN = {
+PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "use_dora": (False, None), "bias": ("none", None), "modules_to_save": (None, []), "lora_bias": (False, None),
     "trainable_token_indices": (None, []), "layer_replication": (None, []), "use_qalora": (False, None), "megatron_config": (None,),
 }  # fmt: skip
@@ -54,14 +54,13 @@ def read(folder: str | Path, model: Published, options: LoraOptions) -> dict[str
     ours = lora.scale(options)
     out: dict[str, np.ndarray] = {}
     for module, (path, layer) in modules.items():
-        pair = [stored.get(f"{module}.lora_{side}.weight") for side in "AB"]
-        if pair == [None, None]:
+        if not (pair := {side: stored[f"{module}.lora_{side}.weight"] for side in "AB" if f"{module}.lora_{side}.weight" in stored}):
             continue
         *lead, wide_in, wide_out = flat[path]
         rank = _of(config.get("rank_pattern"), module, config["r"])
-        for side, tensor, want in (("A", pair[0], (rank, wide_in)), ("B", pair[1], (wide_out, rank))):
-            if tensor is None or tensor.shape != want:
-                faults.append(f"{module}.lora_{side}.weight is {tensor.shape if tensor else 'missing'}, not {want}")
+        for side, want in (("A", (rank, wide_in)), ("B", (wide_out, rank))):
+            if side not in pair or pair[side].shape != want:
+                faults.append(f"{module}.lora_{side}.weight is {pair[side].shape if side in pair else 'missing'}, not {want}")
         if rank > options.rank:
             faults.append(f"{module} has rank {rank}; set config.lora.rank to that or more, not {options.rank}")
         if faults:
@@ -71,8 +70,8 @@ def read(folder: str | Path, model: Published, options: LoraOptions) -> dict[str
         a = out.setdefault(f"{path}/a", np.zeros((*lead, wide_in, options.rank), np.float32))
         b = out.setdefault(f"{path}/b", np.zeros((*lead, options.rank, wide_out), np.float32))
         at = (layer,) if lead else ()
-        a[(*at, slice(None), slice(rank))] = tensors.read(pair[0]).astype(np.float32).T
-        b[(*at, slice(rank))] = tensors.read(pair[1]).astype(np.float32).T * np.float32(theirs / ours)
+        a[(*at, slice(None), slice(rank))] = tensors.read(pair["A"]).astype(np.float32).T
+        b[(*at, slice(rank))] = tensors.read(pair["B"]).astype(np.float32).T * np.float32(theirs / ours)
     if faults:
         raise AdapterError(f"{folder} does not fit this {model.family} model:\n  " + "\n  ".join(faults))
     if not out:
@@ -81,7 +80,7 @@ def read(folder: str | Path, model: Published, options: LoraOptions) -> dict[str
 
 
 def write(folder: Path, adapters: dict[str, np.ndarray], options: LoraOptions, model: Published, base: str) -> None:
-    """The folder that `read` reads. adapters: as `read` gives them; base: name of the published model they belong to.
+    """The folder that `read` reads. adapters: as `read` gives them; base: NAME or NAME@REVISION of the published model they belong to.
 
     Raises AdapterError for an adapter of a map that the published model does not have as one of its own.
     """
@@ -96,8 +95,9 @@ def write(folder: Path, adapters: dict[str, np.ndarray], options: LoraOptions, m
             whole = np.asarray(adapters[f"{path}/{side}"], np.float32)
             values[f"{START}{module}.lora_{name}.weight"] = (whole if layer is None else whole[layer]).T
     tensors.write(folder / WEIGHTS, {name: (value.shape, value.dtype) for name, value in values.items()}, values.items())
+    name, _, revision = base.partition("@") if re.fullmatch(r"[\w.-]+/[\w.-]+@[\w.-]+", base) else (base, "", "")
     config: dict[str, Any] = {
-        "peft_type": "LORA", "base_model_name_or_path": base, "r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout,
+        "peft_type": "LORA", "base_model_name_or_path": name, "revision": revision or None, "r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout,
         "use_rslora": options.rslora, "use_dora": False, "bias": "none", "fan_in_fan_out": False, "target_modules": sorted(modules), "rank_pattern": {},
         "alpha_pattern": {}, "modules_to_save": None, "task_type": None, "inference_mode": True,
     }  # fmt: skip

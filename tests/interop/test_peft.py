@@ -55,13 +55,13 @@ def test_out_and_in_again_is_the_same(tmp_path):
     folder(tmp_path / "in")
     first = peft.read(tmp_path / "in", MODEL, options)
     (tmp_path / "out").mkdir()
-    peft.write(tmp_path / "out", first, options, MODEL, "some/base")
+    peft.write(tmp_path / "out", first, options, MODEL, "some/base@v1")
     again = peft.read(tmp_path / "out", MODEL, options)
     assert first.keys() == again.keys() and all(np.array_equal(first[k], again[k]) for k in first)
     names = tensors.find(tmp_path / "out" / "adapter_model.safetensors")
     assert names["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"].shape == (2, 12)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["r"] == 2 and config["base_model_name_or_path"] == "some/base" and "model.layers.0.self_attn.q_proj" in config["target_modules"]
+    assert config["r"] == 2 and (config["base_model_name_or_path"], config["revision"]) == ("some/base", "v1") and "model.layers.0.self_attn.q_proj" in config["target_modules"]
 
 
 @pytest.mark.parametrize("config, extra, rank, words", [
