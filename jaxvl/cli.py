@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     stats = data.add_parser("stats", help="counts, caption lengths, image sizes, duplicates")
     for verb in (index, check, stats):
         verb.add_argument("paths", nargs="+", help="paths, globs, brace ranges, URLs, glyphs://PART")
+        verb.add_argument("--indexes", default="", help="folder of the indexes (default: in the cache); hosts of one run share it as data.indexes")
         verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
     index.add_argument("--rebuild", action="store_true", help="make the indexes anew; takes back what check --record left out")
     check.add_argument("--record", action="store_true", help="write what cannot be decoded into the index: later runs leave it out")
@@ -137,10 +138,10 @@ def _data(args: argparse.Namespace, _: list[str]) -> int:
     if args.action == "make":
         return tools.make(args.what, args.out, part=args.part, size=args.size, per_shard=args.per_shard)
     if args.action == "check":
-        return tools.check(args.paths, json=args.json, record=args.record)
+        return tools.check(args.paths, json=args.json, record=args.record, indexes=args.indexes)
     if args.action == "index":
-        return tools.index(args.paths, json=args.json, rebuild=args.rebuild)
-    return tools.stats(args.paths, json=args.json)
+        return tools.index(args.paths, json=args.json, rebuild=args.rebuild, indexes=args.indexes)
+    return tools.stats(args.paths, json=args.json, indexes=args.indexes)
 
 
 def _bench(args: argparse.Namespace, overrides: list[str]) -> int:

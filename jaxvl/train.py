@@ -6,6 +6,7 @@ An evaluation comes before the save of the same step, so that a run resumed ther
 import json
 import math
 import signal
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from ml_collections import ConfigDict
@@ -77,6 +79,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         _keep_config(config, workdir)
         log.describe(config=config.to_json_best_effort(indent=2), mesh=", ".join(f"{k} {v}" for k, v in mesh.shape.items()), devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}")
         dataset = open_data(recipe.data)
+        _same_everywhere(dataset)
         evals.check(recipe.evals, recipe.data)
         parts = build(recipe, workdir, dataset)
         batch_size = recipe.train.batch_size
@@ -225,6 +228,18 @@ def _tokenizer(recipe: configs.Recipe, workdir: Path, dataset: Dataset | None) -
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("tokenizer")
     return load_tokenizer(recipe.tokenizer, folder)
+
+
+def _same_everywhere(dataset: Dataset) -> None:
+    """Raises ValueError where a process sees other samples than process 0: the global batches would be none that anyone meant."""
+    if jax.process_count() == 1:
+        return
+    names = [Path(shard).name for source in dataset.sources for shard in source.shards]
+    mine = zlib.crc32(dataset.counts.tobytes() + repr(names).encode())
+    digests = np.atleast_1d(multihost_utils.process_allgather(np.uint32(mine)))
+    if others := np.flatnonzero(digests != digests[0]).tolist():
+        raise ValueError(f"processes {others} see other samples in config.data.source than process 0, for one where only some hosts have recorded "
+                         f"bad samples; give all hosts one folder as config.data.indexes, and the same shards")  # fmt: skip
 
 
 def _keep_config(config: ConfigDict, workdir: Path) -> None:
