@@ -170,9 +170,10 @@ def _peft(model: Model, folder: Path) -> dict[str, float]:
             raise ValueError(f"adapters belong to a published model: config.init.{name} is {start!r}, no folder of `jaxvl import`; hf and safetensors merge them")
     bases = {name: getattr(recipe.init, name) for name in towers}
     read: dict[str, np.ndarray] = {}
-    for start in set(bases.values()):
+    starts = dict.fromkeys(bases.values())  # in the order of the towers, so that the same fault is told first every time
+    for start in starts:
         mine = [name for name in towers if bases[name] == start]
-        target = folder if len(set(bases.values())) == 1 else folder / mine[0]
+        target = folder if len(starts) == 1 else folder / mine[0]
         target.mkdir(exist_ok=True)
         origin = importing.read(start)
         peft.write(target, {path: value for path, value in adapters.items() if path.startswith(tuple(name + "/" for name in mine))}, recipe.lora, origin.model, origin.source)
