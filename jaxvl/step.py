@@ -29,7 +29,8 @@ def make_train_step(
     """A pure (state, batch) -> (state, metrics), to be jitted once with the state donated.
 
     batch: {"image": uint8 [B, S, S, 3], "tokens": int32 [B, L], ...}, or with data.resize="device" canvases [B, C, C, 3] as "image"
-    and the crops in them as "frame" float32 [B, 6], resized here to `image_size`; metrics: scalars, those of `aux` among them.
+    and the crops in them as "frame" float32 [B, 6], resized here to `image_size`; with augment.views=2 "image_aug" (and "frame_aug")
+    likewise; with augment.hflip="unsided" bool "sided" [B]. metrics: scalars, those of `aux` among them.
     grad_shardings: the params' shardings; without the pin XLA may keep whole gradients on every device.
     A step whose loss or gradient norm is not finite changes nothing but `step`, `position` and the `skipped` count.
     """
@@ -38,8 +39,16 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         key_pixels, key_model = jax.random.split(key)
-        pixels = resize(batch["image"], batch["frame"], image_size) if "frame" in batch else batch["image"]
-        batch = {k: v for k, v in batch.items() if k != "frame"} | {"image": preprocess(pixels, key_pixels, augment)}
+        # The halves of a split are fold_in(key, 0) and fold_in(key, 1), so the second view takes the next.
+        views = {"image": key_pixels, "image_aug": jax.random.fold_in(key, 2)}
+
+        def seen(image: str, key: jax.Array) -> jax.Array:
+            frame = image.replace("image", "frame")
+            pixels = resize(batch[image], batch[frame], image_size) if frame in batch else batch[image]
+            return preprocess(pixels, key, augment, batch.get("sided"))
+
+        seen_views = {image: seen(image, key) for image, key in views.items() if image in batch}
+        batch = {k: v for k, v in batch.items() if k not in ("frame", "frame_aug", "sided")} | seen_views
 
         hold = frozen(optim, state.params)
         (loss, aux), grads = grad_fn(state.params, state.memory, batch, key_model)

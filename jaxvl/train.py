@@ -100,7 +100,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
                       flops_per_sample=3 * parts.method.flops(parts.spec), chips=jax.device_count(), device_kind=jax.devices()[0].device_kind)  # fmt: skip
             log.bad(dataset.bad)
             batches = stack.enter_context(closing(train_batches(
-                dataset, parts.tokenizer, seed=recipe.seed, start=samples_seen(state.position), batch_size=batch_size, rows=process_rows(mesh, batch_size)
+                dataset, parts.tokenizer, seed=recipe.seed, start=samples_seen(state.position), batch_size=batch_size, rows=process_rows(mesh, batch_size),
+                views=recipe.augment.views, sides=recipe.augment.hflip == "unsided",
             )))  # fmt: skip
 
             def save(*, block: bool = False) -> None:
@@ -150,11 +151,16 @@ def program(parts: Parts, mesh: Mesh, steps: int) -> Program:
     placed = shardings(shapes, (*STATE_RULES, *method.rules), mesh)
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
     batch_size, side = recipe.train.batch_size, recipe.data.image_size
-    pixels = {"image": jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8)}
-    if recipe.data.resize == "device":
-        canvas = canvas_side(decode_options(recipe.data))
-        pixels = {"image": jax.ShapeDtypeStruct((batch_size, canvas, canvas, 3), jnp.uint8), "frame": jax.ShapeDtypeStruct((batch_size, 6), jnp.float32)}
-    batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, BATCH)) for k, v in {**parts.spec, **pixels}.items()}
+    on_device = recipe.data.resize == "device"
+    canvas = canvas_side(decode_options(recipe.data)) if on_device else side
+    host: dict[str, jax.ShapeDtypeStruct] = {}
+    for suffix in ("", "_aug")[: recipe.augment.views]:
+        host[f"image{suffix}"] = jax.ShapeDtypeStruct((batch_size, canvas, canvas, 3), jnp.uint8)
+        if on_device:
+            host[f"frame{suffix}"] = jax.ShapeDtypeStruct((batch_size, 6), jnp.float32)
+    if recipe.augment.hflip == "unsided":
+        host["sided"] = jax.ShapeDtypeStruct((batch_size,), jnp.bool_)
+    batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, BATCH)) for k, v in {**parts.spec, **host}.items()}
     step = make_train_step(method, tx, recipe.augment, recipe.optim, learning_rate(recipe.optim, steps),
                            image_size=side, accumulate=recipe.train.accumulate, grad_shardings=placed.params)  # fmt: skip
     return Program(init, step, state, batch, (placed, NamedSharding(mesh, P())))
@@ -177,6 +183,10 @@ def assemble(recipe: configs.Recipe, tokenizer: Tokenizer) -> Parts:
         "image": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32),
         "tokens": jax.ShapeDtypeStruct((batch, tokenizer.context_length), jnp.int32),
     }
+    if recipe.augment.views == 2:
+        spec["image_aug"] = spec["image"]
+    if recipe.data.id:
+        spec["id"] = jax.ShapeDtypeStruct((batch,), jnp.int32)
     return Parts(recipe._replace(text=text, optim=optim), tokenizer, method, spec)
 
 

@@ -99,3 +99,19 @@ def test_frozen_leaves_have_no_gradient():
 def test_the_position_counts_past_32_bits(seen):
     position = jnp.array([seen >> 32, seen & (2**32 - 1)], jnp.uint32)
     assert samples_seen(jax.jit(advance, static_argnums=1)(position, 8192)) == seen + 8192
+
+
+def test_the_second_view_has_draws_of_its_own():
+    """Both views of the same pixels, under an operation that is always drawn: two different results, the first as with one view."""
+    method, tx, state = linear()
+    seen = lambda batch: {f"{k}/{i}": v[i].mean() for k, v in batch.items() if k.startswith("image") for i in range(8)}
+    spy = method._replace(loss=lambda params, memory, batch, key: (method.loss(params, memory, batch, key)[0], seen(batch)))
+    augment = AugmentOptions(jitter=(0.4, 0.0, 0.0, 0.0), jitter_prob=1.0)
+    step = jax.jit(make_train_step(spy, tx, augment, OPTIM, learning_rate(OPTIM, 10), image_size=4))
+    once, twice = batch(), {**batch(), "image_aug": batch()["image"], "sided": np.zeros(8, bool)}
+    one, two = step(state, once)[1], step(state, twice)[1]
+    names = [k for k in two if k.startswith("image_aug/")]
+    assert len(names) == 8 and all(two[k] != two[k.replace("_aug", "")] for k in names)
+    assert all(one[k] == two[k] for k in one if k.startswith("image/"))
+    draws = {float(v) for k, v in two.items() if k.startswith("image")}
+    assert len(draws) == 16  # no row of one view shares its draw with another of the other

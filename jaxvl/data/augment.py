@@ -7,15 +7,16 @@ and the last operation an image is float32 in levels 0 to 255.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
-from jaxvl.data.randaugment import randaugment
+from jaxvl.data.randaugment import Autocontrast, randaugment
 
 Pair = tuple[float, float]
 Triple = tuple[float, float, float]
+Hflip = Literal["all", "unsided"]
 
 
 class AugmentOptions(NamedTuple):
@@ -23,7 +24,10 @@ class AugmentOptions(NamedTuple):
 
     jitter: largest change of brightness, contrast and saturation (as a share) and of hue (as a share of the colour circle).
     jitter_prob, grayscale, blur, flip, randaugment_prob: probabilities, the last for each operation of RandAugment.
-    blur_sigma: range of the Gaussian's width in pixels. randaugment: number of operations. randaugment_level: 0 to 10.
+    blur_sigma: range of the Gaussian's width in pixels. hflip: whether any image may be flipped, or none whose caption says
+    left or right. randaugment: number of operations. randaugment_level: 0 to 10. autocontrast: ref_bug is what ALBEF and
+    TCL trained with, see randaugment.py. views: 2 gives the method a second, independent view of each image, "image_aug",
+    from another crop and other draws of the same operations.
     mean, std: of the channels, as shares of white; by default those of CLIP.
     """
 
@@ -33,9 +37,12 @@ class AugmentOptions(NamedTuple):
     blur: float = 0.0
     blur_sigma: Pair = (0.1, 2.0)
     flip: float = 0.0
+    hflip: Hflip = "all"
     randaugment: int = 0
     randaugment_level: float = 7.0
     randaugment_prob: float = 0.5
+    autocontrast: Autocontrast = "fixed"
+    views: Literal[1, 2] = 1
     mean: Triple = (0.48145466, 0.4578275, 0.40821073)
     std: Triple = (0.26862954, 0.26130258, 0.27577711)
 
@@ -54,16 +61,24 @@ def check(options: AugmentOptions) -> None:
         raise ValueError(
             f"augment.randaugment is {options.randaugment} at level {options.randaugment_level}; it takes 0 or more operations at a level from 0 to 10"
         )
+    for name, value, legal in (("hflip", options.hflip, Hflip), ("autocontrast", options.autocontrast, Autocontrast)):
+        if value not in get_args(legal):
+            raise ValueError(f"augment.{name} is {value!r}; it takes {' or '.join(get_args(legal))}")
+    if options.views not in (1, 2):
+        raise ValueError(f"augment.views is {options.views}; it takes 1 or 2")
     if len(options.mean) != 3 or len(options.std) != 3 or min(options.std) <= 0:
         raise ValueError(f"augment.mean and augment.std are {options.mean} and {options.std}; each takes three channels, std above 0")
 
 
-def preprocess(images: jax.Array, key: jax.Array | None, options: AugmentOptions) -> jax.Array:
-    """Levels [batch, height, width, 3], uint8 or float, to normalised float32; `key` None is evaluation, which only normalises."""
+def preprocess(images: jax.Array, key: jax.Array | None, options: AugmentOptions, sided: jax.Array | None = None) -> jax.Array:
+    """Levels [batch, height, width, 3], uint8 or float, to normalised float32; `key` None is evaluation, which only normalises.
+
+    sided: bool [batch], rows that are not flipped whatever is drawn; None for none.
+    """
     x = images.astype(jnp.float32)
     if key is not None:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(x.shape[0]))  # [batch]
-        x = augment(x, keys, options)
+        x = augment(x, keys, options, sided)
     scale = 1 / (255 * jnp.asarray(options.std, jnp.float32))
     return x * scale - jnp.asarray(options.mean, jnp.float32) / jnp.asarray(options.std, jnp.float32)
 
@@ -91,8 +106,8 @@ def resize(canvas: jax.Array, frame: jax.Array, size: int) -> jax.Array:
     return jnp.clip(jnp.einsum("bxw,bywc->byxc", matrix(left, right, width), x, precision=exact), 0, 255)
 
 
-def augment(x: jax.Array, keys: jax.Array, o: AugmentOptions) -> jax.Array:
-    """The random operations on float32 levels [batch, height, width, 3], one key a row."""
+def augment(x: jax.Array, keys: jax.Array, o: AugmentOptions, sided: jax.Array | None = None) -> jax.Array:
+    """The random operations on float32 levels [batch, height, width, 3], one key a row; rows of `sided` are not flipped."""
     each = jax.vmap(lambda k: jax.random.split(k, 6))(keys)  # [batch, 6]
     if any(o.jitter) and o.jitter_prob:
         x = _sometimes(each[:, 0], o.jitter_prob, color_jitter, x, o.jitter)
@@ -101,9 +116,10 @@ def augment(x: jax.Array, keys: jax.Array, o: AugmentOptions) -> jax.Array:
     if o.blur:
         x = _sometimes(each[:, 2], o.blur, random_blur, x, o.blur_sigma)
     if o.flip:
-        x = _sometimes(each[:, 3], o.flip, lambda _, x: x[:, :, ::-1], x)
+        flipped = _sometimes(each[:, 3], o.flip, lambda _, x: x[:, :, ::-1], x)
+        x = flipped if sided is None else jnp.where(sided[:, None, None, None], x, flipped)
     if o.randaugment:
-        x = randaugment(x, each[:, 4], o.randaugment, o.randaugment_level, o.randaugment_prob)
+        x = randaugment(x, each[:, 4], o.randaugment, o.randaugment_level, o.randaugment_prob, o.autocontrast)
     return x
 
 

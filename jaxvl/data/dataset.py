@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -14,8 +14,11 @@ from jaxvl.data.labels import class_names
 from jaxvl.data.mixing import quotas
 from jaxvl.data.source import Bad, Place, Record, Source, Want
 from jaxvl.data.sources import open_source
+from jaxvl.data.text import Cleaning
 
 CROP = decode.DecodeOptions()
+OWN = "sample"  # data.id of data whose records are the images: the id is the sample's place in the data
+Style = Literal["plain", "albef"]
 
 
 class DataOptions(NamedTuple):
@@ -23,8 +26,10 @@ class DataOptions(NamedTuple):
 
     source: patterns of shards (sources.expand) or tfds://. weights: shares of the sources; without, they mix by size.
     captions: which of a sample's captions to train on, the first being KEY.txt, the others "captions" of KEY.json;
-    "none" needs none. caption_field: the field of KEY.json that has the captions instead. label: a field of KEY.json,
-    or "cls" for KEY.cls, to deliver as "label". image_size: pixels a side; crop_scale, crop_ratio, fit, dct_margin,
+    "none" needs none. caption_field: the field of KEY.json that has the captions instead. cleaning: what becomes of
+    captions (text.py), for all sources or one for each; albef keeps max_words words. label: a field of KEY.json,
+    or "cls" for KEY.cls, to deliver as "label". id: a field of KEY.json to deliver as "id", by which samples of one
+    image are known to be of one image, or "sample" where every sample is an image of its own. image_size: pixels a side; crop_scale, crop_ratio, fit, dct_margin,
     min_side, max_pixels: see decode.py. resize: where training crops are resized; "device" saves the host the work and
     ships canvases of up to 3.5 times the bytes. group_shards: shards whose samples are shuffled together, 0 for all. chunk:
     samples that one thread prepares at a time. threads (of each process) and workers (processes): 0 and -1 choose by
@@ -37,7 +42,10 @@ class DataOptions(NamedTuple):
     weights: tuple[float, ...] = ()
     captions: Literal["first", "random", "longest", "none"] = "first"
     caption_field: str = ""
+    cleaning: Style | tuple[Style, ...] = "plain"
+    max_words: int = 30
     label: str = ""
+    id: str = ""
     image_size: int = CROP.size
     crop_scale: tuple[float, float] = CROP.crop_scale
     crop_ratio: tuple[float, float] = CROP.crop_ratio
@@ -63,7 +71,8 @@ class Dataset:
 
     counts: int64 [shard] usable samples. starts: int64 [shard + 1], the id of each shard's first sample, and the
     number of all. parts: (first, last + 1) shard of each part of the mixture, with `quota` samples in a block
-    (mixing.py). classes: the class names that labels are places in, empty where labels are the numbers in the data.
+    (mixing.py). classes: the class names that labels are places in, empty where labels are the numbers in the data;
+    ids: likewise of the ids.
     """
 
     options: DataOptions
@@ -73,6 +82,7 @@ class Dataset:
     parts: tuple[tuple[int, int], ...]
     quota: tuple[int, ...]
     classes: tuple[str, ...]
+    ids: tuple[str, ...]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -92,7 +102,9 @@ def open_data(options: DataOptions) -> Dataset:
     check(options)
     patterns = (options.source,) if isinstance(options.source, str) else tuple(options.source)
     place = place_of(options)
-    sources = tuple(open_source(p, place) for p in patterns)
+    styles = (options.cleaning,) * len(patterns) if isinstance(options.cleaning, str) else options.cleaning
+    cleanings = [Cleaning(style, options.max_words) for style in styles]
+    sources = tuple(open_source(p, place._replace(cleaning=c)) for p, c in zip(patterns, cleanings, strict=True))
     _refuse_repeats(sources)
     good, bad = sum(int(s.counts.sum()) for s in sources), sum(int(s.bad.sum()) for s in sources)
     if not good or bad > options.max_bad_rate * (good + bad):
@@ -105,9 +117,9 @@ def open_data(options: DataOptions) -> Dataset:
     ends = np.cumsum([len(s.counts) for s in sources]).tolist() if options.weights else [len(counts)]
     parts = tuple(zip([0, *ends[:-1]], ends, strict=True))
     classes = class_names(sources, options.label, place.indexes) if options.label else ()
-    return Dataset(
-        options, sources, counts, np.append(0, np.cumsum(counts)), parts, quotas(options.weights or (1.0,)), classes
-    )
+    ids = class_names(sources, options.id, place.indexes, "data.id") if options.id not in ("", OWN) else ()
+    starts = np.append(0, np.cumsum(counts))
+    return Dataset(options, sources, counts, starts, parts, quotas(options.weights or (1.0,)), classes, ids)
 
 
 def place_of(options: DataOptions) -> Place:
@@ -128,12 +140,18 @@ def check(options: DataOptions) -> None:
         raise ValueError(
             f"data.weights has {len(options.weights)} entries for {len(sources)} sources; give one each, or none"
         )
+    styles = (options.cleaning,) if isinstance(options.cleaning, str) else options.cleaning
+    if wrong := [s for s in styles if s not in get_args(Style)]:
+        raise ValueError(f"data.cleaning has {wrong[0]!r}; it takes {' or '.join(get_args(Style))}")
+    if not isinstance(options.cleaning, str) and len(styles) != len(sources):
+        raise ValueError(f"data.cleaning has {len(styles)} entries for {len(sources)} sources; give one for all, or one each")
     if options.resize not in ("host", "device"):
         raise ValueError(f"data.resize is {options.resize!r}; it must be host or device")
     if options.captions not in ("first", "random", "longest", "none"):
         raise ValueError(f"data.captions is {options.captions!r}; it must be first, random, longest or none")
     for key, low, high in (
         ("image_size", 1, 1 << 14),
+        ("max_words", 1, math.inf),
         ("group_shards", 0, math.inf),
         ("chunk", 1, 1 << 14),
         ("threads", 0, 1 << 10),

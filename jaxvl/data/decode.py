@@ -13,7 +13,7 @@ from jaxvl.data import pixels
 from jaxvl.data.pixels import Header, Undecodable, read_header
 from jaxvl.data.resize import Box, resize
 
-__all__ = ["UNIFORMS", "DecodeOptions", "Undecodable", "canvas_side", "check", "decode_canvas", "decode_eval", "decode_full", "decode_train", "probe", "random_box"]
+__all__ = ["UNIFORMS", "DecodeOptions", "Undecodable", "canvas_side", "canvas_views", "check", "decode_canvas", "decode_eval", "decode_full", "decode_train", "decode_views", "probe", "random_box"]
 
 UNIFORMS = 22  # of decode_train, each in [0, 1): ten tries of (area, ratio), then the offsets x and y
 
@@ -67,8 +67,17 @@ def decode_full(image: bytes, options: DecodeOptions) -> np.ndarray:
 
 def decode_train(image: bytes, options: DecodeOptions, uniforms: np.ndarray) -> np.ndarray:
     """A random resized crop, uint8 [size, size, 3], from float64 [UNIFORMS] in [0, 1); raises Undecodable."""
-    header = read_header(image, options.min_side, options.max_pixels)
-    return _cut(image, header, random_box(*header.upright, options, uniforms), options.size, options.dct_margin)
+    return decode_views(image, options, uniforms[None])[0]
+
+
+def decode_views(image: bytes, options: DecodeOptions, uniforms: np.ndarray) -> list[np.ndarray]:
+    """Independent crops from one decoding, each as decode_train's, from float64 [view, UNIFORMS]; raises Undecodable.
+
+    A JPEG is decoded at the scale that the smallest of the crops needs.
+    """
+    header, boxes = _random_boxes(image, options, uniforms)
+    found, factor = _decoded(image, header, boxes, options.size, options.dct_margin)
+    return [_cut(found, factor, header, box, options.size) for box in boxes]
 
 
 def decode_canvas(image: bytes, options: DecodeOptions, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,18 +86,17 @@ def decode_canvas(image: bytes, options: DecodeOptions, uniforms: np.ndarray) ->
     Returns uint8 [side, side, 3] with side = canvas_side(options), the crop in its upper left corner and zeros elsewhere; and
     float32 [6]: left, top, right and bottom of the crop in it, then the width and height that hold pixels. Raises Undecodable.
     """
-    header = read_header(image, options.min_side, options.max_pixels)
-    side = canvas_side(options)
-    box = pixels.stored(random_box(*header.upright, options, uniforms), header)
-    found, (left, top, right, bottom) = _near(image, header, box, options.size, options.dct_margin, side - 1)
-    x, y = math.floor(left), math.floor(top)
-    found = found[y : math.ceil(bottom), x : math.ceil(right)]
-    small = header._replace(width=found.shape[1], height=found.shape[0])
-    found = pixels.upright(found, small)
-    canvas = np.zeros((side, side, 3), np.uint8)
-    canvas[: found.shape[0], : found.shape[1]] = found
-    edges = pixels.shown((left - x, top - y, right - x, bottom - y), small)
-    return canvas, np.array((*edges, found.shape[1], found.shape[0]), np.float32)
+    return canvas_views(image, options, uniforms[None])[0]
+
+
+def canvas_views(image: bytes, options: DecodeOptions, uniforms: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """decode_canvas of independent crops from one decoding, float64 [view, UNIFORMS]; raises Undecodable.
+
+    Every crop has a canvas of its own: one that held them all at the scale of the smallest would be larger than all of theirs.
+    """
+    header, boxes = _random_boxes(image, options, uniforms)
+    found, factor = _decoded(image, header, boxes, options.size, options.dct_margin)
+    return [_laid_out(found, factor, header, box, options) for box in boxes]
 
 
 def canvas_side(options: DecodeOptions) -> int:
@@ -105,7 +113,9 @@ def decode_eval(image: bytes, options: DecodeOptions) -> np.ndarray:
     if options.fit == "crop":
         side = min(width, height)
         x, y = (width - side) / 2, (height - side) / 2
-    return _cut(image, header, (x, y, width - x, height - y), options.size, 1.0)
+    box = pixels.stored((x, y, width - x, height - y), header)
+    found, factor = _decoded(image, header, [box], options.size, 1.0)
+    return _cut(found, factor, header, box, options.size)
 
 
 def random_box(width: int, height: int, options: DecodeOptions, uniforms: np.ndarray) -> Box:
@@ -129,24 +139,47 @@ def random_box(width: int, height: int, options: DecodeOptions, uniforms: np.nda
     return x, y, x + w, y + h
 
 
-def _cut(image: bytes, header: Header, box: Box, size: int, margin: float) -> np.ndarray:
-    """The box of the upright image, resized to uint8 [size, size, 3].
-
-    The stored image is cut and the small result turned, which moves fewer pixels than turning first.
-    """
-    found, box = _near(image, header, pixels.stored(box, header), size, margin)
-    cut = resize(found, box, size, size)
-    return cut if header.orientation == 1 else np.ascontiguousarray(pixels.upright(cut, header))
+def _random_boxes(image: bytes, options: DecodeOptions, uniforms: np.ndarray) -> tuple[Header, list[Box]]:
+    """A random crop of the stored image for each row of `uniforms`."""
+    header = read_header(image, options.min_side, options.max_pixels)
+    return header, [pixels.stored(random_box(*header.upright, options, u), header) for u in uniforms]
 
 
-def _near(image: bytes, header: Header, box: Box, size: int, margin: float, longest: float = math.inf) -> tuple[np.ndarray, Box]:
-    """The stored image at the scale nearest to what a cut of `size` pixels needs, and the box there, no side above `longest`."""
+def _decoded(image: bytes, header: Header, boxes: list[Box], size: int, margin: float) -> tuple[np.ndarray, int]:
+    """The stored image at the scale nearest to what cuts of these boxes to `size` pixels need, and the factor it is smaller by."""
+    side = min(min(right - left, bottom - top) for left, top, right, bottom in boxes)
+    factor = next((f for f in (4, 2) if header.jpeg and side >= f * margin * size), 1)
+    return pixels.decode(image, header, factor, smooth=side < 1.2 * size), factor
+
+
+def _near(found: np.ndarray, factor: int, box: Box, size: int, longest: float = math.inf) -> tuple[np.ndarray, Box]:
+    """The decoded image, averaged where it is much larger than a cut of `size` pixels needs, and the box there, no side above `longest`."""
     left, top, right, bottom = box
     side, long = sorted((right - left, bottom - top))
-    factor = next((f for f in (4, 2) if header.jpeg and side >= f * margin * size), 1)
-    found = pixels.decode(image, header, factor, smooth=side < 1.2 * size)
     rough = max(int(side / (factor * 3 * size)), math.ceil(long / (factor * longest)))
     if rough > 1:  # a box average; it leaves the bicubic kernel three pixels a side or more for each of its own
         found = np.asarray(Image.fromarray(found).reduce(rough))
         factor *= rough
     return found, (left / factor, top / factor, right / factor, bottom / factor)
+
+
+def _cut(found: np.ndarray, factor: int, header: Header, box: Box, size: int) -> np.ndarray:
+    """The box of the stored image, resized to uint8 [size, size, 3] and upright.
+
+    The stored image is cut and the small result turned, which moves fewer pixels than turning first.
+    """
+    cut = resize(*_near(found, factor, box, size), size, size)
+    return cut if header.orientation == 1 else np.ascontiguousarray(pixels.upright(cut, header))
+
+
+def _laid_out(found: np.ndarray, factor: int, header: Header, box: Box, options: DecodeOptions) -> tuple[np.ndarray, np.ndarray]:
+    side = canvas_side(options)
+    found, (left, top, right, bottom) = _near(found, factor, box, options.size, side - 1)
+    x, y = math.floor(left), math.floor(top)
+    found = found[y : math.ceil(bottom), x : math.ceil(right)]
+    small = header._replace(width=found.shape[1], height=found.shape[0])
+    found = pixels.upright(found, small)
+    canvas = np.zeros((side, side, 3), np.uint8)
+    canvas[: found.shape[0], : found.shape[1]] = found
+    edges = pixels.shown((left - x, top - y, right - x, bottom - y), small)
+    return canvas, np.array((*edges, found.shape[1], found.shape[0]), np.float32)

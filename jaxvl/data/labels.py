@@ -1,4 +1,4 @@
-"""Labels: a field of the samples as int32, numbers as they are, words by their place among all words in order."""
+"""Labels and ids: a field of the samples as int32, numbers as they are, words by their place among all words in order."""
 
 import json
 import os
@@ -14,10 +14,10 @@ FIELDS = Want(image=False, captions=False, alternates=False)
 PROCESSES_FROM = 100_000  # samples below which starting processes costs more than it saves
 
 
-def class_names(sources: Sequence[Source], field: str, folder: str) -> tuple[str, ...]:
+def class_names(sources: Sequence[Source], field: str, folder: str, key: str = "data.label") -> tuple[str, ...]:
     """All words of `field` in order, empty where every value is a number; read once and kept in `folder`.
 
-    Raises ValueError where no sample has the field.
+    Raises ValueError where no sample has the field; it names `key`, the option that asks for the field.
     """
     path = Path(folder) / f"labels-{digest(' '.join([field, *(s.version for s in sources)]))}.json"
     if path.is_file():
@@ -28,7 +28,7 @@ def class_names(sources: Sequence[Source], field: str, folder: str) -> tuple[str
         *progress(parallel(_values, (sources, field), jobs, cores() if large else 1), len(jobs), f"reading {field}")
     )
     if not values:
-        raise ValueError(f"data.label is {field!r}, a field that no sample of {', '.join(s.name for s in sources)} has")
+        raise ValueError(f"{key} is {field!r}, a field that no sample of {', '.join(s.name for s in sources)} has")
     names = () if all(_number(v) is not None for v in values) else tuple(sorted(values))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,19 +1,22 @@
 """From sample numbers to arrays: read, decode, tokenise; a function of the numbers and the seed."""
 
 import functools
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from jaxvl.data import decode, keyed
-from jaxvl.data.dataset import Dataset, decode_options, read, rows_of, source_of
+from jaxvl.data.dataset import OWN, DataOptions, Dataset, decode_options, read, rows_of, source_of
 from jaxvl.data.guard import BadData, table
 from jaxvl.data.labels import label_of
 from jaxvl.data.places import Places, sample_places
 from jaxvl.data.source import Bad, Record, Want
 
-CROPS, CAPTION = 5, 6  # what a key is for; order.py and mixing.py have the others
+CROPS, CAPTION, SECOND = 5, 6, 7  # what a key is for; order.py and mixing.py have the others
+SIDES = re.compile(r"\b(?:left|right)\b", re.IGNORECASE)  # a caption with one of these is wrong of the mirrored image
+FIELDS = {"label": "unlabelled", "id": "unidentified"}  # numbers from fields of the samples, and why a sample without one is bad
 ATTEMPTS = 16  # substitutes tried for one bad sample
 
 
@@ -31,43 +34,48 @@ class Prepare:
     def __init__(self, dataset: Dataset, tokenizer: Any, want: Want) -> None:
         self.dataset, self.tokenizer, self.want = dataset, tokenizer, want
         self.how = decode_options(dataset.options)
-        self.classes = {name: place for place, name in enumerate(dataset.classes)}
+        places = lambda names: {name: place for place, name in enumerate(names)}
+        asked = {"label": (dataset.options.label, dataset.classes), "id": (dataset.options.id, dataset.ids)}
+        self.fields = {k: (field, places(names)) for k, (field, names) in asked.items() if field}
 
-    def load(self, shard: int, row: int, pixels: Callable[[bytes], Any]) -> tuple[Record, Any, int] | Bad:
-        """A sample with its decoded image and its label (0 where none is asked for), or why there is none."""
+    def load(self, shard: int, row: int, pixels: Callable[[bytes], Any]) -> tuple[Record, Any, dict[str, int]] | Bad:
+        """A sample with its decoded image and the numbers asked for (its label, its id), or why there is none."""
         record = read(self.dataset, shard, row, self.want)
         if isinstance(record, Bad):
             return record
-        label: int | None = 0
-        if self.dataset.options.label:
-            label = label_of(record.meta, self.dataset.options.label, self.classes)
-        reason = "unlabelled"
-        if label is not None:
+        numbers: dict[str, int | None] = {k: label_of(record.meta, *wanted) for k, wanted in self.fields.items() if wanted[0] != OWN}
+        reason = next((FIELDS[k] for k, value in numbers.items() if value is None), "")
+        if self.dataset.options.id == OWN:
+            numbers["id"] = int(self.dataset.starts[shard]) + row
+        if not reason:
             try:
-                return record, pixels(record.image), label
+                return record, pixels(record.image), cast(dict[str, int], numbers)
             except decode.Undecodable as error:
                 reason = error.reason
         source, shard = source_of(self.dataset, shard)
         return Bad(source.shards[shard], record.key, reason)
 
     def arrays(self, number: int, size: int) -> dict[str, np.ndarray]:
-        """Zeros for images of `size` pixels a side, and the labels if asked for, of so many samples."""
-        arrays = {"image": np.zeros((number, size, size, 3), np.uint8)}
-        return arrays | ({"label": np.zeros(number, np.int32)} if self.dataset.options.label else {})
+        """Zeros for images of `size` pixels a side, and the labels and ids if asked for, of so many samples."""
+        return {"image": np.zeros((number, size, size, 3), np.uint8)} | {k: np.zeros(number, np.int32) for k in self.fields}
 
 
 class Train(Prepare):
-    """For training: random crops, a choice of captions, substitutes for bad samples."""
+    """For training: random crops, a choice of captions, substitutes for bad samples.
 
-    def __init__(self, dataset: Dataset, tokenizer: Any, seed: int) -> None:
+    views: crops of each image, 1 or 2, the second as "image_aug" (with "frame_aug"). sides: deliver "sided", whether
+    the caption says left or right.
+    """
+
+    def __init__(self, dataset: Dataset, tokenizer: Any, seed: int, views: int = 1, sides: bool = False) -> None:
         options = dataset.options
         alternates = options.captions in ("random", "longest")
         super().__init__(
             dataset,
             tokenizer,
-            Want(captions=options.captions != "none", alternates=alternates, fields=bool(options.label)),
+            Want(captions=options.captions != "none", alternates=alternates, fields=_reads_fields(options)),
         )
-        self.seed = seed
+        self.seed, self.views, self.sides = seed, views, sides and self.want.captions
         self.on_device = options.resize == "device"
 
     @functools.cached_property
@@ -75,18 +83,21 @@ class Train(Prepare):
         return sample_places(self.dataset, self.seed)
 
     def __call__(self, n: np.ndarray) -> Batch:
-        crops = keyed.uniforms(keyed.mix(self.seed, CROPS, n), decode.UNIFORMS)
+        crops = np.stack([keyed.uniforms(keyed.mix(self.seed, what, n), decode.UNIFORMS) for what in (CROPS, SECOND)[: self.views]], 1)
         picks = keyed.uniforms(keyed.mix(self.seed, CAPTION, n), 1)[:, 0]
         shards, rows = self.places.at(n)
         arrays = self.arrays(len(n), decode.canvas_side(self.how) if self.on_device else self.how.size)
-        if self.on_device:
-            arrays["frame"] = np.zeros((len(n), 6), np.float32)
+        suffixes = ("", "_aug")[: self.views]
+        for suffix in suffixes:
+            arrays[f"image{suffix}"] = np.zeros_like(arrays["image"])
+            if self.on_device:
+                arrays[f"frame{suffix}"] = np.zeros((len(n), 6), np.float32)
         ids = np.empty(len(n), np.int64)
         texts: list[str] = []
         bad: list[Bad] = []
         for i in range(len(n)):
             shard, row = int(shards[i]), int(rows[i])
-            cut = functools.partial(decode.decode_canvas if self.on_device else decode.decode_train, options=self.how, uniforms=crops[i])
+            cut = functools.partial(decode.canvas_views if self.on_device else decode.decode_views, options=self.how, uniforms=crops[i])
             sample = self.load(shard, row, cut)
             for attempt in range(ATTEMPTS):
                 if not isinstance(sample, Bad):
@@ -99,18 +110,21 @@ class Train(Prepare):
                     f"sample {n[i]:,} and {ATTEMPTS} substitutes for it cannot be used:\n"
                     f"{table([*bad[-ATTEMPTS:], sample])}"
                 )
-            record, image, label = sample
-            if self.on_device:
-                arrays["image"][i], arrays["frame"][i] = image
-            else:
-                arrays["image"][i] = image
-            if "label" in arrays:
-                arrays["label"][i] = label
+            record, images, numbers = sample
+            for suffix, image in zip(suffixes, images, strict=True):
+                if self.on_device:
+                    arrays[f"image{suffix}"][i], arrays[f"frame{suffix}"][i] = image
+                else:
+                    arrays[f"image{suffix}"][i] = image
+            for k, number in numbers.items():
+                arrays[k][i] = number
             ids[i] = self.dataset.starts[shard] + row
             if self.want.captions:
                 texts.append(_choose(record.captions, self.dataset.options.captions, picks[i]))
         if self.want.captions:
             arrays["tokens"] = self.tokenizer.encode_batch(texts)
+        if self.sides:
+            arrays["sided"] = np.array([bool(SIDES.search(text)) for text in texts])
         return Batch(arrays, ids, tuple(bad))
 
 
@@ -121,7 +135,7 @@ class Eval(Prepare):
         super().__init__(
             dataset,
             tokenizer,
-            Want(captions=dataset.options.captions != "none", alternates=most > 1, fields=bool(dataset.options.label)),
+            Want(captions=dataset.options.captions != "none", alternates=most > 1, fields=_reads_fields(dataset.options)),
         )
         self.most = most
 
@@ -135,9 +149,9 @@ class Eval(Prepare):
             if isinstance(sample, Bad):
                 bad.append(sample)
                 continue
-            record, arrays["image"][i], label = sample
-            if "label" in arrays:
-                arrays["label"][i] = label
+            record, arrays["image"][i], numbers = sample
+            for k, number in numbers.items():
+                arrays[k][i] = number
             ids[i], counts[i] = n[i], min(self.most, len(record.captions))
             texts += record.captions[: self.most]
         arrays["valid"] = ids >= 0
@@ -147,6 +161,10 @@ class Eval(Prepare):
             if texts:
                 arrays["tokens"][np.arange(self.most) < counts[:, None]] = self.tokenizer.encode_batch(texts)
         return Batch(arrays, ids, tuple(bad))
+
+
+def _reads_fields(options: DataOptions) -> bool:
+    return bool(options.label) or options.id not in ("", OWN)
 
 
 def _choose(captions: Sequence[str], how: str, pick: float) -> str:

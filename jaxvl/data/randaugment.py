@@ -3,10 +3,14 @@
 Operations work on levels 0 to 255 and give whole levels, as they do on 8-bit images: table operations exactly as Pillow
 does, the others to within one level of OpenCV. Each row has its own operations, so each kind is computed for all rows and
 one is kept: one table look-up, one affine warp and one sharpening for all ten.
+
+The code that ALBEF and TCL trained with subtracts in unsigned bytes in its AutoContrast, so that every channel whose least
+level is above 0 comes out all white. Autocontrast "fixed" is what was meant, "ref_bug" what was done.
 """
 
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +20,12 @@ OPERATIONS = (
     "Identity", "AutoContrast", "Equalize", "Brightness", "Sharpness",
     "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate",
 )  # fmt: skip
+Autocontrast = Literal["fixed", "ref_bug"]
 _AT = {name: i for i, name in enumerate(OPERATIONS)}
 FILL = 128.0  # what a warp brings in from outside the image
 
 
-def randaugment(x: jax.Array, keys: jax.Array, count: int, level: float, probability: float) -> jax.Array:
+def randaugment(x: jax.Array, keys: jax.Array, count: int, level: float, probability: float, contrast: Autocontrast = "fixed") -> jax.Array:
     """`count` operations on each row of levels [batch, height, width, 3], each with its probability, else none."""
     x = jnp.round(jnp.clip(x, 0, 255))
     for i in range(count):
@@ -28,14 +33,14 @@ def randaugment(x: jax.Array, keys: jax.Array, count: int, level: float, probabi
         operation = jax.vmap(lambda k: jax.random.randint(k, (), 0, len(OPERATIONS)))(chosen[:, 0])
         use = jax.vmap(jax.random.uniform)(chosen[:, 1]) < probability
         sign = jnp.where(jax.vmap(jax.random.bernoulli)(chosen[:, 2]), 1.0, -1.0)
-        x = apply(x, jnp.where(use, operation, _AT["Identity"]), sign, level)
+        x = apply(x, jnp.where(use, operation, _AT["Identity"]), sign, level, contrast)
     return x
 
 
-def apply(x: jax.Array, operation: jax.Array, sign: jax.Array, level: float) -> jax.Array:
+def apply(x: jax.Array, operation: jax.Array, sign: jax.Array, level: float, contrast: Autocontrast = "fixed") -> jax.Array:
     """Row i by OPERATIONS[operation[i]], warps in the direction of sign[i]; x: whole levels, float32 [batch, height, width, 3]."""
     factor = 0.1 + 1.8 * level / 10
-    tables = jnp.where((operation == _AT["AutoContrast"])[:, None, None], autocontrast(x), jnp.arange(256.0))
+    tables = jnp.where((operation == _AT["AutoContrast"])[:, None, None], autocontrast(x, contrast), jnp.arange(256.0))
     tables = jnp.where((operation == _AT["Equalize"])[:, None, None], equalize(x), tables)
     brighter = np.floor(np.clip(np.arange(256) * factor, 0, 255)).astype(np.float32)
     tables = jnp.where((operation == _AT["Brightness"])[:, None, None], brighter, tables)  # [batch, channel, level]
@@ -50,13 +55,15 @@ def look_up(x: jax.Array, tables: jax.Array) -> jax.Array:
     return jnp.take_along_axis(tables, flat, axis=2).swapaxes(1, 2).reshape(x.shape)
 
 
-def autocontrast(x: jax.Array) -> jax.Array:
+def autocontrast(x: jax.Array, contrast: Autocontrast = "fixed") -> jax.Array:
     """Tables [batch, channel, 256] that stretch each channel's range to all levels."""
     low, high = x.min((1, 2)).astype(jnp.int32)[..., None], x.max((1, 2)).astype(jnp.int32)[..., None]
     levels = jnp.arange(256)
     stretched = jnp.clip(255 * (levels - low) // jnp.maximum(high - low, 1), 0, 255)
     byte = jnp.asarray(_rounded_down())[low, high, levels // 8]
     stretched -= (byte >> (7 - levels % 8)) & 1
+    if contrast == "ref_bug":
+        stretched = jnp.where(low > 0, 255, stretched)
     return jnp.where(high > low, stretched, levels).astype(x.dtype)
 
 

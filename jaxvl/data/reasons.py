@@ -24,4 +24,5 @@ REASONS = {
     "bomb": "the image's header declares more pixels than data.max_pixels",
     "tiny": "the image is smaller than data.min_side",
     "unlabelled": "the field that data.label names is missing",
+    "unidentified": "the field that data.id names is missing",
 }

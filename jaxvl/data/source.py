@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxvl.data.cache import Cache
+from jaxvl.data.text import Cleaning
 
 
 class Record(NamedTuple):
@@ -38,7 +39,7 @@ class Place(NamedTuple):
     """How a source is opened.
 
     indexes: folder of the shards' indexes, built anew with `rebuild`. captions: whether samples need one.
-    caption_field: the field that has them, "" for the usual place.
+    caption_field: the field that has them, "" for the usual place. cleaning: what becomes of them.
     """
 
     indexes: str
@@ -46,6 +47,7 @@ class Place(NamedTuple):
     captions: bool = True
     caption_field: str = ""
     rebuild: bool = False
+    cleaning: Cleaning = Cleaning()
 
 
 class Source(NamedTuple):

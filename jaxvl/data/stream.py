@@ -45,19 +45,20 @@ ENDLESS = 2**48  # batches; longer than any run
 
 
 def train_batches(
-    dataset: Dataset, tokenizer: Any, *, seed: int, start: int, batch_size: int, rows: tuple[int, int] | None = None
+    dataset: Dataset, tokenizer: Any, *, seed: int, start: int, batch_size: int, rows: tuple[int, int] | None = None, views: int = 1, sides: bool = False
 ) -> Generator[Batch]:
     """Endless batches from global sample `start` on: this process's rows [lo, hi) of each global batch.
 
-    arrays: "image" uint8 [b, S, S, 3]; "tokens" int32 [b, L] unless data.captions is "none"; "label" int32 [b] where
-    data.label names a field. b is hi - lo. Close the iterator to stop its threads and processes. Raises ValueError
+    arrays: "image" uint8 [b, S, S, 3], with `views` 2 "image_aug" too, another crop; "tokens" int32 [b, L] unless
+    data.captions is "none"; "label" and "id" int32 [b] where data.label and data.id ask for them; with `sides` "sided"
+    bool [b], whether the caption says left or right. b is hi - lo. Close the iterator to stop its threads and processes. Raises ValueError
     for rows outside the batch; from the iterator, BadData when too many samples cannot be used and OSError when a
     shard cannot be read.
     """
     low, high = rows or (0, batch_size)
     if not 0 <= low < high <= batch_size or start < 0:
         raise ValueError(f"rows {low} to {high} of a global batch of {batch_size} from sample {start} are none")
-    batches = _batches(dataset.options, Train(dataset, tokenizer, seed), _Rows(start, ENDLESS, batch_size, low, high))
+    batches = _batches(dataset.options, Train(dataset, tokenizer, seed, views, sides), _Rows(start, ENDLESS, batch_size, low, high))
     batches = fetch_ahead(batches, dataset, sample_places(dataset, seed).near, start, batch_size)
     return watched(batches, dataset.options.max_bad_rate)
 
@@ -68,8 +69,8 @@ def eval_batches(
     """Every usable sample once, in the order of the index: this process's rows [lo, hi) of every global batch.
 
     arrays: "image" uint8 [b, S, S, 3], the centre (data.fit); "valid" bool [b]; "tokens" int32 [b, captions, L] and
-    "captions" int32 [b], how many of them are real, the main one first, unless data.captions is "none"; "label" int32
-    [b] where data.label names a field. Rows that cannot be used, and those that fill up the last batch, are zero,
+    "captions" int32 [b], how many of them are real, the main one first, unless data.captions is "none"; "label" and
+    "id" int32 [b] where data.label and data.id ask for them. Rows that cannot be used, and those that fill up the last batch, are zero,
     with valid False and id -1.
     """
     low, high = rows or (0, batch_size)

@@ -14,7 +14,7 @@ from jaxvl.data.cache import Cache, digest, is_remote, open_shard, stamp
 from jaxvl.data.indexing import ensure_indexes, index_path
 from jaxvl.data.source import Bad, Place, Record, Source, Want
 from jaxvl.data.tarindex import Index, Summary, load_index
-from jaxvl.data.text import LONGEST, Uncaptioned, clean_caption
+from jaxvl.data.text import LONGEST, Cleaning, Uncaptioned, clean_caption
 
 OPEN_SHARDS = 64  # of a process; a few groups of the order
 
@@ -32,6 +32,7 @@ class TarFiles(NamedTuple):
     text: bool
     field: str
     cache: Cache
+    cleaning: Cleaning
 
 
 def tar_source(name: str, shards: Sequence[str], place: Place) -> Source:
@@ -50,6 +51,7 @@ def tar_source(name: str, shards: Sequence[str], place: Place) -> Source:
         text,
         place.caption_field,
         cache,
+        place.cleaning,
     )
     fetch = functools.partial(_fetch, files) if any(map(is_remote, shards)) else None
     version = digest(repr([(shard, s.stamp, s.images) for shard, s in zip(shards, summaries, strict=True)]))
@@ -107,23 +109,23 @@ def _read(files: TarFiles, shard: int, row: int, want: Want) -> Record | Bad:
     if cls_at and want.fields:
         meta["cls"] = member(cls_at, cls_size).decode("utf-8", "replace").strip()
     try:
-        main = [clean_caption(member(text_at, min(text_size, LONGEST)))] if want.captions and not files.field else []
+        main = [clean_caption(member(text_at, min(text_size, LONGEST)), files.cleaning)] if want.captions and not files.field else []
     except Uncaptioned as error:
         return Bad(name, key, error.reason)
-    others = _good(meta.get(files.field or "captions")) if want.captions and (want.alternates or files.field) else []
+    others = _good(meta.get(files.field or "captions"), files.cleaning) if want.captions and (want.alternates or files.field) else []
     captions = tuple(dict.fromkeys(main + others))
     if want.captions and not captions:
         return Bad(name, key, "nocaption")
     return Record(key, member(image_at, image_size) if want.image else b"", captions, meta)
 
 
-def _good(value: Any) -> list[str]:
+def _good(value: Any, cleaning: Cleaning) -> list[str]:
     """The captions in a field, a text or a list of texts, that can be used."""
     good = []
     for caption in value if isinstance(value, list) else [value]:
         if isinstance(caption, str):
             with contextlib.suppress(Uncaptioned):
-                good.append(clean_caption(caption))
+                good.append(clean_caption(caption, cleaning))
     return good
 
 

@@ -6,14 +6,16 @@ token or not 0 are moved up by one (`Tokenizer.offset`), so `tokens != 0` is the
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # of the trained BPE
 LONGEST = 1 << 14  # bytes of a caption that are looked at; no encoder reads more
+PUNCTUATION = re.compile(r"""[,.'!?"()*#:;~]""")  # what ALBEF's cleaning deletes
 INVISIBLE = dict.fromkeys(map(ord, "\0\ufeff\u200b\u2060"), " ")  # NUL, byte order mark and spaces of no width
 
 # Prompts of zero-shot classification; a class is the mean of its prompts' embeddings (Radford et al., 2021, section 3.1.4).
@@ -42,10 +44,17 @@ class Uncaptioned(ValueError):
         self.reason = reason
 
 
+class Cleaning(NamedTuple):
+    """What becomes of the captions of a source. plain: `clean_caption` alone; albef: `albef_caption` after it, `words` at most."""
+
+    style: Literal["plain", "albef"] = "plain"
+    words: int = 30
+
+
 class TokenizerOptions(NamedTuple):
     """name: "bpe", or a folder or hub name of a fast tokenizer. context_length: ids a caption, BOS and EOS included.
 
-    vocab_size, lowercase and captions (how many to train on at most) are those of the BPE.
+    end: whether a caption ends in EOS; ALBEF and TCL feed BERT none ([CLS] and word pieces). vocab_size, lowercase and captions (how many to train on at most) are those of the BPE.
     """
 
     name: str = "bpe"
@@ -53,6 +62,7 @@ class TokenizerOptions(NamedTuple):
     vocab_size: int = 16384
     lowercase: bool = True
     captions: int = 1_000_000
+    end: bool = True
 
 
 class Tokenizer:
@@ -62,16 +72,17 @@ class Tokenizer:
     added to the ids of the tokenizer it came from, 0 or 1; imported embedding tables need as many rows put in front.
     """
 
-    def __init__(self, backend: Any, context_length: int, bos: str | None, eos: str, pad: str | None) -> None:
-        """`backend` is a tokenizers.Tokenizer; it is kept and changed: template, truncation, no padding."""
+    def __init__(self, backend: Any, context_length: int, bos: str | None, eos: str, pad: str | None, end: bool = True) -> None:
+        """`backend` is a tokenizers.Tokenizer; it is kept and changed: template, truncation, no padding. end: captions end in EOS."""
         from tokenizers import processors
 
-        least = 2 + (bos is not None)
+        least = 1 + (bos is not None) + end
         if context_length < least:
-            raise ValueError(f"tokenizer.context_length is {context_length}; it takes {least} or more, for {bos or ''}{eos} and a token")
+            raise ValueError(f"tokenizer.context_length is {context_length}; it takes {least} or more, for {bos or ''}{eos if end else ''} and a token")
         first, last = backend.token_to_id(bos) if bos else None, backend.token_to_id(eos)
         specials = [(t, backend.token_to_id(t)) for t in dict.fromkeys(filter(None, (bos, eos)))]
-        backend.post_processor = processors.TemplateProcessing(f"{bos}:0 $A:0 {eos}:0" if bos else f"$A:0 {eos}:0", None, specials)
+        template = " ".join(f"{t}:0" for t in (bos, "$A", eos if end else None) if t)
+        backend.post_processor = processors.TemplateProcessing(template, None, specials)
         backend.enable_truncation(context_length)
         backend.no_padding()
         self._backend, self._names = backend, {"bos_token": bos, "eos_token": eos, "pad_token": pad}
@@ -82,7 +93,7 @@ class Tokenizer:
         self.eos = last + self.offset
 
     def encode_batch(self, captions: Sequence[str]) -> np.ndarray:
-        """int32 [len(captions), context_length]: BOS, tokens, EOS, padding; a long caption loses its end, never its EOS."""
+        """int32 [len(captions), context_length]: BOS, tokens, EOS (where captions end in one), padding; a long caption loses its end, never its EOS."""
         rows = [encoding.ids for encoding in self._backend.encode_batch_fast(captions)]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         tokens = np.zeros((len(rows), self.context_length), np.int32)
@@ -139,7 +150,7 @@ def train_tokenizer(captions: Iterable[str], options: TokenizerOptions) -> Token
         vocab_size=options.vocab_size, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(itertools.islice(itertools.chain([first], captions), options.captions), trainer)
-    return Tokenizer(backend, options.context_length, BOS, EOS, PAD)
+    return Tokenizer(backend, options.context_length, BOS, EOS, PAD, options.end)
 
 
 def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None) -> Tokenizer:
@@ -153,7 +164,7 @@ def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None) 
 
         names = json.loads((Path(folder) / "tokenizer_config.json").read_text())
         saved = Backend.from_file(str(Path(folder) / "tokenizer.json"))
-        return Tokenizer(saved, options.context_length, names.get("bos_token"), names["eos_token"], names.get("pad_token"))
+        return Tokenizer(saved, options.context_length, names.get("bos_token"), names["eos_token"], names.get("pad_token"), options.end)
     if options.name == "bpe":
         raise ValueError("tokenizer.name is 'bpe', which is trained on captions; only a folder or a hub name can be loaded")
     from transformers import AutoTokenizer
@@ -165,13 +176,13 @@ def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None) 
     bos, eos = found.bos_token or found.cls_token, found.eos_token or found.sep_token
     if eos is None:
         raise ValueError(f"tokenizer.name is {options.name!r}, which has no EOS or SEP token; text encoders need one to end a caption")
-    return Tokenizer(backend, options.context_length, bos, eos, found.pad_token)
+    return Tokenizer(backend, options.context_length, bos, eos, found.pad_token, options.end)
 
 
-def clean_caption(raw: bytes | str) -> str:
+def clean_caption(raw: bytes | str, cleaning: Cleaning = Cleaning()) -> str:
     """The visible text of a caption on one line: UTF-8, without byte order mark and NULs, each run of white space one space.
 
-    Only the first 16 KiB count. Raises Uncaptioned where they are not UTF-8, or where nothing is visible in them.
+    Then what `cleaning` asks for. Only the first 16 KiB count. Raises Uncaptioned where they are not UTF-8, or where nothing is visible in them.
     """
     start = raw[:LONGEST] if isinstance(raw, bytes) else raw[:LONGEST].encode(errors="surrogatepass")[:LONGEST]
     try:
@@ -181,9 +192,23 @@ def clean_caption(raw: bytes | str) -> str:
             raise Uncaptioned("undecodable", str(error)) from error
         text = start[: error.start].decode()  # the bound has cut a character in two
     text = " ".join(text.translate(INVISIBLE).split())
+    if cleaning.style == "albef":
+        text = albef_caption(text, cleaning.words)
     if not text:
         raise Uncaptioned("blank")
     return text
+
+
+def albef_caption(text: str, words: int) -> str:
+    """A caption as ALBEF and TCL clean it: lower case, no punctuation, hyphens and slashes as spaces, the first `words` words."""
+    text = PUNCTUATION.sub("", text.lower()).replace("-", " ").replace("/", " ").replace("<person>", "person")
+    return " ".join(re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ").split(" ")[:words])
+
+
+def albef_question(text: str, words: int) -> str:
+    """A question as ALBEF and TCL clean it: as a caption, but runs of spaces stay, and each counts as a word."""
+    text = PUNCTUATION.sub("", text.lower()).replace("-", " ").replace("/", " ")
+    return " ".join(text.rstrip(" ").split(" ")[:words])
 
 
 def prompts(templates: str | Sequence[str], classes: Sequence[str]) -> list[list[str]]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxvl.data.cache import digest
 from jaxvl.data.source import Bad, Place, Record, Source, Want
-from jaxvl.data.text import Uncaptioned, clean_caption
+from jaxvl.data.text import Cleaning, Uncaptioned, clean_caption
 
 CAPTIONS = ("caption", "captions", "text")
 
@@ -67,7 +67,7 @@ def tfds_source(pattern: str, how: Place) -> Source:
     starts = np.append(0, np.cumsum(counts))
     version = digest(f"{pattern} {opened.version} {opened.lengths}")
     return Source(
-        pattern, version, shards, counts, np.zeros_like(counts), functools.partial(_read, asked, starts), _nothing
+        pattern, version, shards, counts, np.zeros_like(counts), functools.partial(_read, asked, starts, how.cleaning), _nothing
     )
 
 
@@ -100,7 +100,7 @@ def _open(asked: _Split) -> _Opened:
     return _Opened(rows, features, str(builder.info.version), lengths, image, caption)
 
 
-def _read(asked: _Split, starts: np.ndarray, shard: int, row: int, want: Want) -> Record | Bad:
+def _read(asked: _Split, starts: np.ndarray, cleaning: Cleaning, shard: int, row: int, want: Want) -> Record | Bad:
     opened = _open(asked)
     number = int(starts[shard]) + row
     example, key = opened.rows[number], f"{asked.split}-{number}"
@@ -108,7 +108,7 @@ def _read(asked: _Split, starts: np.ndarray, shard: int, row: int, want: Want) -
     found = []
     for number, value in enumerate(texts if want.alternates else texts[:1]):
         try:
-            found.append(clean_caption(value))
+            found.append(clean_caption(value, cleaning))
         except Uncaptioned as error:
             if number == 0:
                 return Bad(f"{asked.pattern}#{shard}", key, error.reason)

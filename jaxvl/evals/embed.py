@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxvl.data import decode
 from jaxvl.data.augment import AugmentOptions, preprocess
-from jaxvl.data.dataset import decode_options
+from jaxvl.data.dataset import Style, decode_options
 from jaxvl.data.stream import Bad, DataOptions, Dataset, Want, eval_batches, open_data, read_samples
 from jaxvl.mesh import place, process_rows
 from jaxvl.methods.method import Method
@@ -44,12 +44,20 @@ class Embedded(NamedTuple):
     owner: np.ndarray
 
 
-def open_for(data: DataOptions, source: str | Sequence[str], *, captions: Literal["first", "random", "none"] = "first", label: str = "") -> Dataset:
-    """The data set of an evaluation, read as the training's. Raises ValueError where `source` is empty or cannot be opened."""
+def open_for(
+    data: DataOptions, source: str | Sequence[str], *, captions: Literal["first", "random", "none"] = "first", label: str = "", cleaning: Literal["", "plain", "albef"] = ""
+) -> Dataset:
+    """The data set of an evaluation, read as the training's, its captions cleaned as `cleaning` says or as the training's.
+
+    Raises ValueError where `source` is empty or cannot be opened, or where the training cleans its sources in several ways.
+    """
     if not source:
         raise ValueError("source is empty; it must name shards, such as 'val-{0000..0003}.tar' or 'glyphs://val-seen'")
     source = source if isinstance(source, str) else tuple(source)
-    return open_data(data._replace(source=source, weights=(), captions=captions, label=label))
+    styles: set[Style] = {cleaning} if cleaning else {data.cleaning} if isinstance(data.cleaning, str) else set(data.cleaning)
+    if len(styles) > 1 and captions != "none":
+        raise ValueError(f"data.cleaning differs between the sources of the training ({', '.join(sorted(styles))}); set cleaning here to one of them")
+    return open_data(data._replace(source=source, weights=(), captions=captions, label=label, id="", cleaning=min(styles)))
 
 
 def embed_samples(model: Model, dataset: Dataset, batch_size: int, captions: int = 1) -> Embedded:

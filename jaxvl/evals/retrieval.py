@@ -17,7 +17,7 @@ class RetrievalOptions(NamedTuple):
     """The keys of an `evals` entry of this kind.
 
     source: shards, as in data.source. every: steps between evaluations in a run, 0 for its end only. captions: texts an image
-    has at most, the main one first. ks: the K of R@K. folds: equal blocks of consecutive images that are ranked alone and averaged
+    has at most, the main one first. cleaning: of captions, as in data.cleaning, by default the training's. ks: the K of R@K. folds: equal blocks of consecutive images that are ranked alone and averaged
     (5 for COCO 1K). batch_size: images embedded at a time. show: queries each way in the report.
     """
 
@@ -25,6 +25,7 @@ class RetrievalOptions(NamedTuple):
     source: str | tuple[str, ...] = ""
     every: int = 0
     captions: int = 1
+    cleaning: Literal["", "plain", "albef"] = ""
     ks: tuple[int, ...] = (1, 5, 10)
     folds: int = 1
     batch_size: int = 256
@@ -49,7 +50,7 @@ def open_checked(options: RetrievalOptions, data: DataOptions) -> Dataset:
     if options.captions < 1 or options.show < 0 or options.folds < 1 or options.batch_size < 1:
         low = {"captions": 1, "show": 0, "folds": 1, "batch_size": 1}
         raise ValueError("; ".join(f"{k} is {getattr(options, k)}, it must be at least {n}" for k, n in low.items() if getattr(options, k) < n))
-    return open_for(data, options.source, captions="random" if options.captions > 1 else "first")
+    return open_for(data, options.source, captions="random" if options.captions > 1 else "first", cleaning=options.cleaning)
 
 
 def rank(model: Model, images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> tuple[Ranks, Ranks]:

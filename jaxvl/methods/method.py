@@ -14,8 +14,9 @@ Batch = dict[str, jax.Array]
 class Method(NamedTuple):
     """Pure functions of explicit arrays; everything but `params` that a method remembers is in `memory`.
 
-    A batch on the device holds "image" float [B, S, S, 3], augmented and normalised, and "tokens" int32 [B, L]; `batch_spec`
-    is a dict of its shapes and dtypes. `key` is a PRNG key, None where nothing is to be random.
+    A batch on the device holds "image" float [B, S, S, 3], augmented and normalised, and "tokens" int32 [B, L]; with
+    augment.views=2 also "image_aug", a second view of the same images, with data.id "id" int32 [B], equal for samples of one
+    image. `batch_spec` is a dict of its shapes and dtypes. `key` is a PRNG key, None where nothing is to be random.
 
     init: (key, batch_spec) -> (params, memory).
     encode: (params, batch, key) -> embeddings, a pytree of floats with leading axis [B]. Row i depends on row i of the batch

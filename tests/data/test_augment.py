@@ -1,8 +1,6 @@
 """Each operation against a slow reference on single images, and what a batch must not depend on."""
 
 import colorsys
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -175,18 +173,6 @@ def test_randaugment_draws_operations_evenly():
     assert len(share) == 4 + 2 * 5
     for (name, _), rate in share.items():
         assert abs(rate - (0.025 if name in OPERATIONS[5:] else 0.05)) < 0.015, name
-
-
-def test_randaugment_reproduces_the_published_numbers():
-    folder = Path(os.environ.get("JAXVL_PARITY_DIR") or Path(__file__).parent.parent / "fixtures" / "parity")
-    if not (folder / "tcl" / "randaugment.npz").is_file():
-        pytest.skip(f"{folder} has no tcl/randaugment.npz")
-    data = np.load(folder / "tcl" / "randaugment.npz")
-    for name in set(data.files) - {"image", "AutoContrast"}:  # that one records an overflow of the reference
-        operation = name.removesuffix("_fixed").removesuffix("_neg")
-        got = apply(data["image"][None], operation, -1.0 if name.endswith("_neg") else 1.0, 7.0)[0]
-        exact = operation in ("Identity", "AutoContrast", "Equalize", "Brightness")
-        assert np.abs(got - data[name]).max() <= (0 if exact else 1), name
 
 
 @pytest.mark.parametrize(

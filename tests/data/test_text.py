@@ -159,6 +159,17 @@ def test_padding_is_zero_for_every_tokenizer(style, tmp_path):
     np.testing.assert_array_equal(again.encode_batch(["! a boat"]), [[*want, 0]])
 
 
+def test_captions_without_an_end(bpe, tmp_path):
+    """As ALBEF and TCL feed BERT: the same ids, less the last."""
+    bare = train_tokenizer(CAPTIONS, OPTIONS._replace(end=False))
+    with_end, without = bpe.encode_batch(["two boats", "x" * 99]), bare.encode_batch(["two boats", "x" * 99])
+    length = int((with_end[0] == bpe.eos).argmax())
+    np.testing.assert_array_equal(without[0, :length], with_end[0, :length])
+    assert not (without == bpe.eos).any() and not without[0, length:].any() and without[1].all()
+    bare.save(tmp_path)
+    np.testing.assert_array_equal(load_tokenizer(OPTIONS._replace(end=False), tmp_path).encode_batch(["two boats"]), without[:1])
+
+
 def test_a_tokenizer_without_an_end_is_refused(tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity import hf, metrics
+from tests.parity import hf, metrics, tcl_eval
 from tests.parity.case import Case, Check
 
 FAMILIES: dict[str, dict[str, Check]] = {
     "hf": hf.CHECKS,
     "metrics": metrics.CHECKS,
+    "tcl": tcl_eval.CHECKS,
 }
 FOLDER = Path(os.environ.get("JAXVL_PARITY_DIR") or Path(__file__).parent.parent / "fixtures" / "parity")
 
