@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 
     export = verbs.add_parser("export", help="a run's model for other programs", description="Any --config.KEY=VALUE overrides the run's config.")
     export.add_argument("workdir", type=Path, help="of the run")
-    export.add_argument("--format", required=True, choices=("hf", "safetensors", "stablehlo", "peft"))
+    export.add_argument("--format", required=True, choices=("hf", "safetensors", "stablehlo", "onnx", "peft"))
     export.add_argument("--out", required=True, type=Path, help="a new folder")
     export.add_argument("--step", type=int, help="which checkpoint (default: the newest whole one)")
     export.add_argument("--ema", action="store_true", help="export the averaged parameters")

@@ -21,6 +21,7 @@ STEPS = 48
 PATIENCE = 400.0  # seconds; a run takes ten
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "tests" / "tiny_config.py"
+FAST = "--xla_backend_optimization_level=0"  # as in conftest.py
 CLOCKED = ("time/", "samples_per_s", "mfu")  # what a clock measures is never the same twice
 
 
@@ -28,7 +29,7 @@ def environment(**extra: str) -> dict[str, str]:
     """For a process of its own: two devices, every compiled program cached, and byte code kept, which makes a start three times cheaper."""
     kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     cached = {"PYTHONPYCACHEPREFIX": str(ROOT / ".cache" / "pycache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return {**kept, **cached, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", **extra}
+    return {**kept, **cached, "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {FAST}", **extra}
 
 
 def peers(processes: int) -> list[dict[str, str]]:

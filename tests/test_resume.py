@@ -6,7 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from running import STEPS, Progress, finish, metrics, peers, reference, said, same_run, start  # noqa: F401
+from running import FAST, STEPS, Progress, finish, metrics, peers, reference, said, same_run, start  # noqa: F401
 
 from jaxvl import manifest
 from jaxvl.manifest import whole_steps
@@ -56,7 +56,7 @@ def test_full_disk(tmp_path, reference):  # noqa: F811
 def test_other_hosts(tmp_path, reference):  # noqa: F811
     """Two processes see the global batches of one; SIGTERM to either stops both at one step; one process goes on from there."""
     workdir = tmp_path / "run"
-    progress, processes = Progress(workdir), [start(workdir, **peer, XLA_FLAGS="") for peer in peers(2)]
+    progress, processes = Progress(workdir), [start(workdir, **peer, XLA_FLAGS=FAST) for peer in peers(2)]
     progress.wait(processes[0], 3)
     processes[1].send_signal(signal.SIGTERM)
     for process in processes:

@@ -3,6 +3,7 @@
     hf           CLIPModel, SiglipModel or VisionTextDualEncoderModel: AutoModel.from_pretrained(OUT)
     safetensors  our own names and layout, with the run's config
     stablehlo    both embedding functions for cpu, cuda and tpu, batch size open; parameters beside them
+    onnx         both embedding functions with their parameters, batch size open
     peft         the adapters of a run with LoRA, for the published models it started from: PeftModel.from_pretrained(base, OUT)
 """
 import importlib.util
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvl.interop import hugging_face, importing, peft, tensors
+from jaxvl.interop import hugging_face, importing, onnx, peft, tensors
 from jaxvl.interop.vocabulary import write_tokenizer
 from jaxvl.mesh import path_str
 from jaxvl.methods import METHODS
@@ -157,6 +158,19 @@ def _stablehlo(model: Model, folder: Path) -> dict[str, float]:
     return {"jax.export": _difference(model.ours(images, tokens), (programs[0](stored, images), programs[1](stored, tokens)))}
 
 
+def _onnx(model: Model, folder: Path) -> dict[str, float]:
+    """{image,text}.onnx: inputs -> embeddings float32 [batch, width]."""
+    onnx.check_installed()
+    images, tokens = random_input(model)
+    made = [
+        onnx.write(folder / f"{name}.onnx", getattr(model.plain, f"embed_{name}"), {name: model.params[name]}, inputs)
+        for name, inputs in (("image", images), ("text", tokens))
+    ]
+    model.tokenizer.save(folder / "tokenizer")
+    (folder / "README.md").write_text(_ONNX.format(size=images.shape[1], length=tokens.shape[1]))
+    return {"onnxruntime": _difference(model.ours(images, tokens), (made[0](images), made[1](tokens)))}
+
+
 def _peft(model: Model, folder: Path) -> dict[str, float]:
     """Adapters of one published model lie in `folder` itself; of two, in its folders image and text."""
     recipe = model.recipe
@@ -185,7 +199,7 @@ def _peft(model: Model, folder: Path) -> dict[str, float]:
     return {"our PEFT reader": _of_plain(model, merged)}
 
 
-WRITERS: dict[str, Callable[[Model, Path], dict[str, float]]] = {"hf": _hf, "safetensors": _safetensors, "stablehlo": _stablehlo, "peft": _peft}
+WRITERS: dict[str, Callable[[Model, Path], dict[str, float]]] = {"hf": _hf, "safetensors": _safetensors, "stablehlo": _stablehlo, "onnx": _onnx, "peft": _peft}
 
 
 def _flat(params: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -272,5 +286,18 @@ from safetensors.numpy import load_file
 embed = jax.export.deserialize(bytearray(open("image.stablehlo", "rb").read()))
 params = {{k: v for k, v in load_file("model.safetensors").items() if k.startswith("image/")}}
 embeddings = embed.call(params, images)
+```
+"""
+
+_ONNX = """# Embedding functions as ONNX
+
+`image.onnx` maps float32 [batch, {size}, {size}, 3] (normalised pixels), `text.onnx` int32 [batch, {length}] to float32 embeddings of unit
+norm, for any batch. The parameters are inside.
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("image.onnx")
+(embeddings,) = session.run(["embedding"], {{"input": images}})
 ```
 """

@@ -26,12 +26,12 @@ def attend(
     kernel: cuDNN's fused attention or XLA's; "auto" takes cuDNN's where it serves.
     """
     extra = k.shape[1] - q.shape[1]
-    if causal and extra:
-        allowed = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool), extra)[None, None]
+    fused = not dropout and (kernel == "cudnn" or (kernel == "auto" and _cudnn_takes(q, mask)))
+    if causal and (extra or not fused):
+        allowed = (jnp.arange(q.shape[1])[:, None] + extra >= jnp.arange(k.shape[1]))[None, None]
         mask, causal = allowed if mask is None else mask & allowed, False
     if dropout:
-        return _attend_with_dropout(q, k, v, mask, causal, dropout, key)
-    fused = kernel == "cudnn" or (kernel == "auto" and _cudnn_takes(q, mask))
+        return _attend_with_dropout(q, k, v, mask, dropout, key)
     if fused and mask is not None:
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))  # it broadcasts batch and head only
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn" if fused else "xla")
@@ -44,15 +44,13 @@ def _cudnn_takes(q: jax.Array, mask: jax.Array | None) -> bool:
     return legal and "cuda" in jax.devices()[0].client.platform_version.lower()
 
 
-def _attend_with_dropout(q, k, v, mask, causal, rate, key):
+def _attend_with_dropout(q, k, v, mask, rate, key):
     """The same, written out, since no library kernel drops attention weights."""
     batch, queries, heads, width = q.shape
     q = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], width)
     logits = jnp.einsum("bqhgd,bkhd->bhgqk", q, k, preferred_element_type=jnp.float32) * width**-0.5
     if mask is not None:
         logits = jnp.where(mask[:, :, None], logits, -1e30)
-    if causal:
-        logits = jnp.where(jnp.tril(jnp.ones(logits.shape[-2:], bool)), logits, -1e30)
     weights = jax.nn.softmax(logits)
     weights = jnp.where(jax.random.bernoulli(key, 1 - rate, weights.shape), weights / (1 - rate), 0)
     return jnp.einsum("bhgqk,bkhd->bqhgd", weights.astype(v.dtype), v).reshape(batch, queries, heads, width)

@@ -121,7 +121,10 @@ class Text(nn.Module):
         x = nn.Dropout(o.dropout)(x, deterministic=not self.has_rng("dropout"))
 
         if attended is not None:
-            attended = jnp.pad(attended.astype(bool), ((0, 0), (before, 0)), constant_values=True)[:, None, None]
+            attended = attended.astype(bool)
+            if before:
+                attended = jnp.pad(attended, ((0, 0), (before, 0)), constant_values=True)
+            attended = attended[:, None, None]
         embedded = x = parts.batch_sharded(x)
         layers = parts.stack(block, "blocks", hidden=hidden, keys_values=keys_values)
         x, outputs = layers(x, parts.Context(mask=attended, rope=rope), prefix)

@@ -2,6 +2,7 @@
 transformers itself; what has no class is refused, and what fails leaves nothing behind."""
 import importlib.util
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -134,4 +135,43 @@ def test_a_model_that_differs_is_not_written(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(hugging_face, "write", lambda folder, what, dtype: bent(folder, what._replace(params={**what.params, "image": jax.tree.map(lambda x: x * 1.01, what.params["image"])}), dtype))
     with pytest.raises(ValueError, match=r"differs from ours by more than 1e-04: .*nothing is written"):
         export.run(parts, found, "hf", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+ONNX = all(importlib.util.find_spec(name) for name in ("jax2onnx", "onnxruntime"))
+
+
+@pytest.mark.skipif(not ONNX, reason="jax2onnx and onnxruntime are not installed: pip install 'jaxvl[onnx]' in an environment of its own")
+@pytest.mark.parametrize("name", RUNS)
+def test_onnx_runs_at_any_batch_size(name, tokenizer, tmp_path, capfd):
+    import onnxruntime
+
+    parts, found = made(tokenizer, **RUNS[name][1])
+    export.run(parts, found, "onnx", tmp_path / "out")
+    assert "onnx read by onnxruntime: embeddings differ by at most" in capfd.readouterr().err
+    rng = np.random.default_rng(3)
+    images, tokens = rng.standard_normal((3, 32, 32, 3)).astype(np.float32), rng.integers(1, 512, (5, 8)).astype(np.int32)
+    for face, inputs in (("image", images), ("text", tokens)):
+        (got,) = onnxruntime.InferenceSession(tmp_path / "out" / f"{face}.onnx").run(["embedding"], {"input": inputs})
+        np.testing.assert_allclose(got, getattr(parts.method, f"embed_{face}")(found.state, jnp.asarray(inputs)), atol=1e-5)
+
+
+@pytest.mark.skipif(ONNX, reason="jax2onnx is installed")
+def test_onnx_without_its_packages_says_how_to_get_them(tokenizer, tmp_path):
+    parts, found = made(tokenizer, **CLIP)
+    with pytest.raises(ValueError, match=r"jax2onnx and onnxruntime not installed.*pip install 'jaxvl\[onnx\]'"):
+        export.run(parts, found, "onnx", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_onnx_files_have_an_end(tokenizer, tmp_path, monkeypatch):
+    from jaxvl.interop import onnx
+
+    monkeypatch.setattr(onnx, "check_installed", lambda: None)
+    monkeypatch.setattr(onnx, "LARGEST", 1000)
+    monkeypatch.setitem(sys.modules, "jax2onnx", object())
+    monkeypatch.setitem(sys.modules, "onnxruntime", object())
+    parts, found = made(tokenizer, **CLIP)
+    with pytest.raises(ValueError, match=r"image.onnx would hold .* GB of parameters.*--format stablehlo or hf"):
+        export.run(parts, found, "onnx", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
