@@ -178,6 +178,7 @@ def assemble(recipe: configs.Recipe, tokenizer: Tokenizer) -> Parts:
         raise ValueError(f"config.text.vocab_size is {text.vocab_size}; the tokenizer has {tokenizer.vocab_size} ids")
     optim = recipe.optim._replace(groups=lora.groups(recipe.optim.groups)) if recipe.lora.rank else recipe.optim
     method = lora.wrap(METHODS[recipe.method.name].build(recipe.image, text, recipe.method), recipe.lora, partial(frozen, optim))
+    evals.suits(recipe.evals, recipe.method.name, method)
     size, batch = recipe.data.image_size, recipe.train.batch_size
     spec = {
         "image": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32),

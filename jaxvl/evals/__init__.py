@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 
 class Kind(NamedTuple):
-    """A module that defines `evaluate(name, options, model)` and a tuple of options."""
+    """A module that defines `evaluate(name, options, model)` and a tuple of options. needs: the face it asks of a method."""
 
     module: str
     options_name: str
+    needs: str = "embed_image"
 
     def options(self) -> type:
         """The NamedTuple whose fields are the keys of an `evals` entry of this kind."""
@@ -25,6 +26,7 @@ class Kind(NamedTuple):
 
 EVALS = {
     "retrieval": Kind("jaxvl.evals.retrieval", "RetrievalOptions"),
+    "rerank": Kind("jaxvl.evals.rerank", "RerankOptions", needs="score_pair"),
     "zeroshot": Kind("jaxvl.evals.zeroshot", "ZeroshotOptions"),
 }
 
@@ -36,6 +38,13 @@ def check(evals: Mapping[str, Any], data: Any) -> None:
             EVALS[options.kind].open_checked(options, data)
         except (ValueError, OSError) as error:
             raise ValueError(f"evals.{name}: {error}") from error
+
+
+def suits(evals: Mapping[str, Any], name: str, method: Any) -> None:
+    """Raises ValueError where an evaluation asks for what the method of this name cannot do."""
+    for key, options in evals.items():
+        if getattr(method, EVALS[options.kind].needs) is None:
+            raise ValueError(f"config.evals.{key}.kind is {options.kind!r}, which needs a method with {EVALS[options.kind].needs}; {name} has none")
 
 
 def run(evals: Mapping[str, Any], method: Any, params: Any, tokenizer: Any, data: Any, augment: Any) -> tuple[dict[str, float], list]:

@@ -35,6 +35,7 @@ class Embedded(NamedTuple):
 
     images: float32 [image, d]. ids: int64 [image], rows of the data set. labels: int32 [image], 0 where none are asked for.
     texts: float32 [text, d], all texts of an image together. owner: int32 [text], place of the text's image in `images`.
+    tokens: int32 [text, token].
     """
 
     images: np.ndarray
@@ -42,6 +43,7 @@ class Embedded(NamedTuple):
     labels: np.ndarray
     texts: np.ndarray
     owner: np.ndarray
+    tokens: np.ndarray
 
 
 def open_for(
@@ -81,10 +83,10 @@ def embed_samples(model: Model, dataset: Dataset, batch_size: int, captions: int
         warnings.warn(f"{message}; the numbers are of the others", stacklevel=2)
     images, labels = whole["image"][valid], whole["label"][valid] if "label" in whole else np.zeros(valid.sum(), np.int32)
     if "text" not in whole:
-        return Embedded(images, np.flatnonzero(valid), labels, np.zeros((0, images.shape[1]), np.float32), np.zeros(0, np.int32))
+        return Embedded(images, np.flatnonzero(valid), labels, np.zeros((0, images.shape[1]), np.float32), np.zeros(0, np.int32), np.zeros((0, 0), np.int32))
     real = np.arange(captions) < whole["captions"][valid][:, None]  # [image, captions]
     owner = np.broadcast_to(np.arange(len(images), dtype=np.int32)[:, None], real.shape)
-    return Embedded(images, np.flatnonzero(valid), labels, whole["text"][valid][real], owner[real])
+    return Embedded(images, np.flatnonzero(valid), labels, whole["text"][valid][real], owner[real], whole["tokens"][valid][real])
 
 
 def embed_texts(model: Model, texts: Sequence[str], batch_size: int) -> np.ndarray:
@@ -142,7 +144,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 @partial(jax.jit, static_argnames=("method", "augment"))
 def _embed(params: Any, batch: dict[str, jax.Array], *, method: Method, augment: AugmentOptions) -> dict[str, jax.Array]:
-    out = {k: v for k, v in batch.items() if k not in ("image", "tokens")}
+    out = {k: v for k, v in batch.items() if k != "image"}
     if "image" in batch:
         out["image"] = method.embed_image(params, preprocess(batch["image"], None, augment))  # [batch, d]
     if "tokens" in batch:

@@ -1,5 +1,7 @@
 """Zero-shot image-text retrieval, both ways, with several captions an image: any caption of an image is a right answer to it."""
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -11,6 +13,14 @@ from jaxvl.evals.streamed import streamed_ranks, streamed_top
 from jaxvl.gallery import Gallery, Hit, Query
 
 HITS = 5  # retrieved items shown for a query
+
+
+class Retrieved(NamedTuple):
+    """The HITS best items of each query, best first: places int [query, hit], scores; and the stable rank of its best right item."""
+
+    top: np.ndarray
+    scores: np.ndarray
+    ranks: np.ndarray
 
 
 class RetrievalOptions(NamedTuple):
@@ -39,7 +49,7 @@ def evaluate(name: str, options: RetrievalOptions, model: Model) -> tuple[dict[s
     folds = list(ranking.folds(embedded.owner, len(embedded.images), options.folds))
     ranks = [rank(model, embedded.images[rows], embedded.texts[texts], owner) for rows, texts, owner in folds]
     numbers = ranking.mean([ranking.both_ways(*both, options.ks) for both in ranks])
-    shown = galleries(name, options, model, dataset, embedded) if options.show else []
+    shown = galleries(name, options, dataset, embedded, partial(by_cosine, model, embedded)) if options.show else []
     return numbers, shown
 
 
@@ -59,19 +69,14 @@ def rank(model: Model, images: np.ndarray, texts: np.ndarray, owner: np.ndarray)
     return streamed_ranks(images, texts, index, owner, model.mesh), streamed_ranks(texts, images, owner, index, model.mesh)
 
 
-def galleries(name: str, options: RetrievalOptions, model: Model, dataset: Dataset, embedded: Embedded) -> list[Gallery]:
-    """Queries evenly spread over the set, with what they retrieve from all of it."""
+def galleries(name: str, options: Any, dataset: Dataset, embedded: Embedded, retrieve: Callable[[str, np.ndarray], Retrieved]) -> list[Gallery]:
+    """Queries evenly spread over the set, with what they retrieve from all of it: retrieve(way, queries' places) -> Retrieved."""
     first = np.searchsorted(embedded.owner, np.arange(len(embedded.images)))  # main text of each image
     chosen = np.unique(np.linspace(0, len(embedded.images) - 1, options.show).round().astype(int))
-    index = np.arange(len(embedded.images))
     out = []
     for way in ("image to text", "text to image"):
-        if way == "image to text":
-            queries, items, own, groups = embedded.images[chosen], embedded.texts, index[chosen], embedded.owner
-        else:
-            queries, items, own, groups = embedded.texts[first[chosen]], embedded.images, index[chosen], index
-        top, scores = streamed_top(queries, items, min(HITS, len(items)), model.mesh)
-        ranks = streamed_ranks(queries, items, own, groups, model.mesh).stable
+        groups = embedded.owner if way == "image to text" else np.arange(len(embedded.images))
+        top, scores, ranks = retrieve(way, chosen if way == "image to text" else first[chosen])
         needed = np.unique(np.concatenate([chosen, groups[top].ravel()]))
         seen = dict(zip(needed, records(dataset, embedded.ids[needed], options.captions), strict=True))
         text = lambda t, seen=seen: seen[embedded.owner[t]][1][t - first[embedded.owner[t]]]
@@ -84,3 +89,12 @@ def galleries(name: str, options: RetrievalOptions, model: Model, dataset: Datas
             rows.append(Query(item, hits, int(ranks[q]), answer))
         out.append(Gallery(f"{name}: {way}", tuple(rows)))
     return out
+
+
+def by_cosine(model: Model, embedded: Embedded, way: str, chosen: np.ndarray) -> Retrieved:
+    """What queries retrieve by their embeddings."""
+    index = np.arange(len(embedded.images))
+    sides = (embedded.images, index), (embedded.texts, embedded.owner)
+    (queries, own), (items, groups) = sides if way == "image to text" else sides[::-1]
+    top, scores = streamed_top(queries[chosen], items, min(HITS, len(items)), model.mesh)
+    return Retrieved(top, scores, streamed_ranks(queries[chosen], items, own[chosen], groups, model.mesh).stable)

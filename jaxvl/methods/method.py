@@ -11,6 +11,24 @@ from jax.sharding import PartitionSpec
 Batch = dict[str, jax.Array]
 
 
+class PairScore(NamedTuple):
+    """How well an image and a text match when they are read together, cut so that what many pairs share is computed once.
+
+    image_side: (params, images float [b, S, S, 3]) -> pytree of [layer, b, ...]: what every text that meets an image reads of it.
+    text_side: (params, tokens int32 [b, L]) -> pytree of [b, ...]: a text before it has met an image.
+    score: (params, images, texts, source int32 [group, r]) -> float32 [group * r], greater for a better match. `images` of image_side
+      and the group * r rows of `texts` of text_side are cut in as many groups; row r of group g pairs its text with image
+      source[g, r] of the group, so that a group that lies on one device needs no other's images.
+    flops: (height, width, length) -> FLOPs by part: "image_tower" and "keys_values" of one image, "text_tower" of one text, "pair" of
+      one pair whose sides are there.
+    """
+
+    image_side: Callable[[Any, jax.Array], Any]
+    text_side: Callable[[Any, jax.Array], Any]
+    score: Callable[[Any, Any, Any, jax.Array], jax.Array]
+    flops: Callable[[int, int, int], dict[str, float]]
+
+
 class Method(NamedTuple):
     """Pure functions of explicit arrays; everything but `params` that a method remembers is in `memory`.
 
@@ -29,7 +47,7 @@ class Method(NamedTuple):
     embed_text: (params, tokens int32 [b, L]) -> float32 [b, width] of unit norm.
     flops: (batch_spec) -> FLOPs of the forward pass of training for one example, a multiply-add counted as two.
     rules: ordered (path pattern, PartitionSpec) pairs that place every leaf of `params` and `memory`.
-    score_pair, compose: None where a method has no such face.
+    score_pair: see PairScore. It and compose are None where a method has no such face.
     """
 
     init: Callable[[jax.Array, dict], tuple[Any, Any]]
@@ -41,7 +59,7 @@ class Method(NamedTuple):
     embed_text: Callable[[Any, jax.Array], jax.Array]
     flops: Callable[[dict], float]
     rules: tuple[tuple[str, PartitionSpec], ...]
-    score_pair: Callable | None = None
+    score_pair: PairScore | None = None
     compose: Callable | None = None
 
 
