@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity import hf, metrics, tcl_eval
+from tests.parity import codis, hf, metrics, tcl_eval
 from tests.parity.case import Case, Check
 
 FAMILIES: dict[str, dict[str, Check]] = {
+    "codis": codis.CHECKS,
     "hf": hf.CHECKS,
     "metrics": metrics.CHECKS,
     "tcl": tcl_eval.CHECKS,
