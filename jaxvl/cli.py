@@ -39,6 +39,15 @@ def parser() -> argparse.ArgumentParser:
     report = verbs.add_parser("report", help="write a run's report.html anew")
     report.add_argument("workdir", type=Path)
 
+    sweep = verbs.add_parser("sweep", help="many runs of one recipe, as its sweep() describes them; a killed sweep continues", description="Any --config.KEY=VALUE overrides the config of every trial.")
+    what = sweep.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", help="configs/sweeps/x.py, or configs/sweeps/x.py:argument: a file with sweep()")
+    what.add_argument("--report", type=Path, metavar="DIR", help="only write the tables and the page of the sweep in DIR anew")
+    sweep.add_argument("--workdir", type=Path, help="where the sweep lives, a folder a trial; an existing sweep continues")
+    sweep.add_argument("--workers", type=int, default=1, help="trials at a time; GPUs are divided among them")
+    sweep.add_argument("--retry", action="store_true", help="run failed trials again")
+    sweep.add_argument("--tiny", action="store_true", help="every trial shrunk to two steps of a small model on the embedded set")
+
     data = verbs.add_parser("data", help="index, check, describe or make shards").add_subparsers(dest="action", required=True, metavar="ACTION")
     index = data.add_parser("index", help="index shards ahead of a run")
     check = data.add_parser("check", help="decode every sample; a table of reasons per shard")
@@ -69,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [r.removeprefix("--config.") for r in rest if r.startswith("--config.") and "=" in r]
     if strange := [r for r in rest if not (r.startswith("--config.") and "=" in r)]:
         parser().error(f"unrecognized arguments: {' '.join(strange)} (overrides are written --config.KEY=VALUE)")
-    if overrides and known.verb not in ("train", "eval", "export", "bench"):
+    if overrides and known.verb not in ("train", "eval", "export", "sweep", "bench"):
         parser().error(f"{known.verb} takes no --config overrides")
     try:
         return RUN[known.verb](known, overrides)
@@ -132,6 +141,17 @@ def _report(args: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
+def _sweep(args: argparse.Namespace, overrides: list[str]) -> int:
+    from jaxvl.sweep import run
+
+    if args.report:
+        run.report(args.report)
+        return 0
+    if not args.workdir:
+        raise ValueError("--workdir is missing: where the sweep lives")
+    return run.run(args.config, args.workdir, overrides, workers=args.workers, tiny=args.tiny, retry=args.retry)
+
+
 def _data(args: argparse.Namespace, _: list[str]) -> int:
     from jaxvl.data import tools
 
@@ -150,7 +170,7 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
     return importlib.import_module(f"jaxvl.bench.{args.what}").main(args.config, overrides, rounds=args.rounds)
 
 
-RUN = {"train": _train, "eval": _eval, "import": _import, "export": _export, "report": _report, "data": _data, "bench": _bench}
+RUN = {"train": _train, "eval": _eval, "import": _import, "export": _export, "report": _report, "sweep": _sweep, "data": _data, "bench": _bench}
 
 if __name__ == "__main__":
     sys.exit(main())

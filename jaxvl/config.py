@@ -80,16 +80,10 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
     Raises ConfigError for a missing file, an unknown key or a value of the wrong type.
     """
     file, _, arg = path.partition(":")
-    if not Path(file).is_file():
-        raise ConfigError(f"--config={path}: no file {file!r}; configs are Python files with get_config()")
-    if file.endswith(".json"):
+    if file.endswith(".json") and Path(file).is_file():
         config = complete(ConfigDict(json.loads(Path(file).read_text())))
     else:
-        sys.path.insert(0, str(Path(file).resolve().parent))  # a config may import the one it varies
-        try:
-            namespace = runpy.run_path(file)
-        finally:
-            sys.path.pop(0)
+        namespace = run_file(path)
         if "get_config" not in namespace:
             raise ConfigError(f"--config={path}: {file!r} defines no get_config()")
         config = complete(namespace["get_config"](arg) if arg else namespace["get_config"]())
@@ -101,6 +95,25 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(_explain(config, argv[1:], error)) from None
     return config
+
+
+def run_file(path: str) -> dict[str, Any]:
+    """What the config file of `path` defines. Raises ConfigError for a missing file."""
+    file = path.partition(":")[0]
+    if not Path(file).is_file():
+        raise ConfigError(f"--config={path}: no file {file!r}; configs are Python files with get_config()")
+    sys.path.insert(0, str(Path(file).resolve().parent))  # a config may import the one it varies
+    try:
+        return runpy.run_path(file)
+    finally:
+        sys.path.pop(0)
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a config by their dotted keys."""
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    return {k: v for key, sub in tree.items() for k, v in flat(sub, f"{prefix}{key}.").items()}
 
 
 def complete(config: ConfigDict) -> ConfigDict:

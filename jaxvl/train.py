@@ -257,18 +257,12 @@ def _keep_config(config: ConfigDict, workdir: Path) -> None:
     """Save the whole config with the run; where the run had another, say what differs and may make it another run."""
     file = workdir / "config.json"
     if file.is_file():
-        old, new = (_flat(json.loads(text)) for text in (file.read_text(), config.to_json_best_effort()))
+        old, new = (configs.flat(json.loads(text)) for text in (file.read_text(), config.to_json_best_effort()))
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE):
                 say(f"config.{name} was {old.get(name)!r} when this run began and is {new.get(name)!r} now")
     if jax.process_index() == 0:
         file.write_text(config.to_json_best_effort(indent=2))
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix.rstrip("."): tree}
-    return {k: v for key, sub in tree.items() for k, v in _flat(sub, f"{prefix}{key}.").items()}
 
 
 @contextmanager

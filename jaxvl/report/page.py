@@ -54,19 +54,24 @@ def write_report(workdir: str | Path) -> Path:
         _curves(rows),
         "".join(_gallery(title, step, queries) for title, (step, queries) in galleries.items()),
         _speed(rows, sessions),
-        _section("Final metrics", _metrics_table(rows)),
-        _section("Bad samples", _bad_table(bad)) if bad else "",
+        section("Final metrics", _metrics_table(rows)),
+        section("Bad samples", _bad_table(bad)) if bad else "",
         _details(facts),
     )
+    path = workdir / "report.html"
+    write_document(path, name, "".join(sections))
+    return path
+
+
+def write_document(path: Path, title: str, body: str) -> None:
+    """Write a self-contained page in the style of all reports; atomic."""
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
-        f"<title>{html.escape(name)} · jaxvl</title><style>{STYLE}</style></head>"
-        f"<body><main>{''.join(sections)}</main></body></html>\n"
+        f"<title>{html.escape(title)} · jaxvl</title><style>{STYLE}</style></head>"
+        f"<body><main>{body}</main></body></html>\n"
     )
-    path = workdir / "report.html"
     write_atomic(path, page.encode(errors="replace").decode())  # file names can hold bytes that are no text
-    return path
 
 
 def _head(name: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], sessions: Sequence[Session]) -> str:
@@ -133,7 +138,7 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
         small.append(
             plots.lines(name.replace("_", " "), [plots.Series(name, at_x, y, 1 + i % 5)], width=380, height=180)
         )
-    return _section("Curves", _grid(charts) + _grid(small, "small"))
+    return section("Curves", grid(charts) + grid(small, "small"))
 
 
 def _speed(rows: Sequence[Mapping[str, Any]], sessions: Sequence[Session]) -> str:
@@ -156,7 +161,7 @@ def _speed(rows: Sequence[Mapping[str, Any]], sessions: Sequence[Session]) -> st
     if total:
         parts = [(KINDS.get(k, k), v, f"{100 * v / total:.1f} % ({duration(v)})") for k, v in seconds.items()]
         text = f"<h3>Goodput {100 * seconds['compute'] / total:.1f} % of {duration(total)}</h3>{plots.bar(parts)}"
-    return _section("Speed", _grid(charts) + text)
+    return section("Speed", grid(charts) + text)
 
 
 def _metrics_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -164,8 +169,8 @@ def _metrics_table(rows: Sequence[Mapping[str, Any]]) -> str:
     evals = [(n, number(f.last), number(f.best), f"{f.best_step:,}") for n, f in found.items() if f.best is not None]
     train = [(n, number(f.last)) for n, f in found.items() if f.best is None]
     tables = (
-        _table(("evaluation", "last", "best", "at step"), evals) if evals else "",
-        _table(("training", "last"), train) if train else "",
+        table(("evaluation", "last", "best", "at step"), evals) if evals else "",
+        table(("training", "last"), train) if train else "",
     )
     return f'<div class="tables">{"".join(tables)}</div>' if any(tables) else ""
 
@@ -180,10 +185,10 @@ def _bad_table(bad: Iterable[tuple[str, str]]) -> str:
         each = [sum(counts[s, r] for s in of) for r in reasons]
         return (label, *(f"{n:,}" if n else "" for n in each), f"{sum(each):,}")
 
-    table = [row(shard, [shard]) for shard in shown]
+    lines = [row(shard, [shard]) for shard in shown]
     if rest:
-        table.append(row(f"{len(rest):,} more shards", rest))
-    return _table(("shard", *reasons, "all"), [*table, row("all", shards)])
+        lines.append(row(f"{len(rest):,} more shards", rest))
+    return table(("shard", *reasons, "all"), [*lines, row("all", shards)])
 
 
 def _gallery(title: str, step: int, queries: Sequence[Query]) -> str:
@@ -195,7 +200,7 @@ def _gallery(title: str, step: int, queries: Sequence[Query]) -> str:
         rows.append(f'<div class="query"><div class="asked">{_item(q.item)}</div><div class="hits">{hits}</div></div>')
     first = sum(q.rank == 0 for q in queries)
     note = f"{first} of {len(queries)} shown have a right answer first; step {step:,}. ✓ right, ✗ wrong."
-    return _section(title, f"<p>{note}</p>{''.join(rows)}")
+    return section(title, f"<p>{note}</p>{''.join(rows)}")
 
 
 def _hit(place: int, hit: Hit) -> str:
@@ -224,15 +229,18 @@ def _details(facts: Mapping[str, Any]) -> str:
     return f"<footer>{text}<p>{html.escape(versions)}</p></footer>"
 
 
-def _grid(charts: Sequence[str], kind: str = "") -> str:
+def grid(charts: Sequence[str], kind: str = "") -> str:
+    """Charts side by side; "" where there is none."""
     return f'<div class="charts {kind}">{"".join(charts)}</div>' if any(charts) else ""
 
 
-def _section(title: str, body: str) -> str:
+def section(title: str, body: str) -> str:
+    """A part of the page under its title; "" where it is empty."""
     return f"<section><h2>{html.escape(title)}</h2>{body}</section>" if body else ""
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain text."""
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -11,7 +11,7 @@ STRIPS = 80  # places along the x axis that show their values under the pointer
 
 
 class Series(NamedTuple):
-    """One line; y that is not finite is a gap. colour: number of a --c variable. dash: told apart without colour."""
+    """One line; y that is not finite is a gap. label: "" keeps it out of the legend. colour: number of a --c variable. dash: told apart without colour."""
 
     label: str
     x: Sequence[float]
@@ -220,7 +220,7 @@ def _strips(series: Sequence[Series], frame: _Frame, unit: str) -> str:
     wide = (frame.width - LEFT - RIGHT) / max(1, len(at))
     parts = []
     for x in at:
-        words = "\n".join(f"{s.label}: {short(_nearest(s, x))} {unit}".rstrip() for s in series if s.x)
+        words = "\n".join(f"{s.label}: {short(_nearest(s, x))} {unit}".rstrip() for s in series if s.x and s.label)
         left = frame.place(x, frame.low_y)[0] - wide / 2
         title = html.escape(f"step {x:,.0f}\n{words}")
         place = f'x="{left:.1f}" y="{TOP}" width="{wide:.1f}" height="{frame.height - TOP - BOTTOM}"'
@@ -235,7 +235,7 @@ def _nearest(s: Series, x: float) -> float:
 
 def _figure(title: str, legend: Sequence[Series], frame: _Frame, body: str, area: bool = False) -> str:
     keys = []
-    for s in legend if len(legend) > 1 or area else ():
+    for s in [s for s in legend if s.label] if len(legend) > 1 or area else []:
         swatch = f'<i class="key c{s.colour}"></i>'
         if not area:
             line = f'<line class="{_kind(s)}" x1="0" x2="26" y1="4" y2="4"{_dash(s)}/>'

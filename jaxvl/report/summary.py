@@ -1,6 +1,7 @@
 """A run in words: its line in the log, its last line, and the tables at its end."""
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +86,7 @@ def print_summary(rows: Sequence[Mapping[str, Any]], seconds: Mapping[str, float
         best = ("", "") if final.best is None else (number(final.best), f"{final.best_step:,}")
         if not name.startswith("time/"):
             table.append((name, number(final.last), *best))
-    _print_table("final metrics", ("metric", "last", "best", "at step"), table)
+    print_table("final metrics", ("metric", "last", "best", "at step"), table)
     print(goodput_line(seconds))
     if page:
         print(f"report: {page}")
@@ -96,11 +97,12 @@ def print_summary(rows: Sequence[Mapping[str, Any]], seconds: Mapping[str, float
 
 def print_values(values: Mapping[str, float]) -> None:
     """Print the values of an evaluation as a table and, last, its recalls, on standard output."""
-    _print_table("evaluation", ("metric", "value"), [(name, number(value)) for name, value in values.items()])
+    print_table("evaluation", ("metric", "value"), [(name, number(value)) for name, value in values.items()])
     print(last_line(values), flush=True)
 
 
-def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on standard output."""
     from rich.console import Console
     from rich.table import Table
 
@@ -109,7 +111,8 @@ def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]])
         table.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False, markup=False).print(table)
+    # A pipe or a file has no width of its own to fold the cells to.
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def goodput_line(seconds: Mapping[str, float]) -> str:

@@ -1,0 +1,147 @@
+"""The folder of a sweep: sweep.json, and a run directory a trial with trial.json beside the run's own files.
+
+A trial's status is what trial.json says, written by the sweep alone: "waiting", "running", "stopped" (unfinished, goes on
+when the sweep does), "done", "pruned" or "failed".
+"""
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxvl import manifest
+from jaxvl.config import flat
+from jaxvl.progress import say
+from jaxvl.report.metrics import METRICS, decode, write_atomic
+from jaxvl.sweep.options import Choice, Integer, SweepError, SweepOptions, Uniform
+from jaxvl.sweep.plan import Trial
+
+STATUSES = ("done", "pruned", "failed", "running", "stopped", "waiting")
+OVER = ("done", "pruned", "failed")
+LOG = "train.log"
+PATIENCE = 60.0  # seconds for which the runs of a killed sweep may save and leave
+# A run made with another value of these is still the run the sweep means.
+MAY_CHANGE = ("mesh.", "checkpoint.", "log.", "data.workers", "data.threads")
+KINDS: dict[str, type] = {kind.__name__: kind for kind in (Uniform, Integer, Choice)}
+
+
+class Record(NamedTuple):
+    """trial.json. reason: of a failure or an early end. seconds: of its processes so far."""
+
+    name: str
+    group: str
+    seed: int | None
+    overrides: dict[str, Any]
+    status: str = "waiting"
+    reason: str = ""
+    seconds: float = 0.0
+
+
+def keep_options(folder: Path, options: SweepOptions, names: Sequence[str]) -> None:
+    """Write sweep.json: what the table of results needs to know. names: of the trials in order."""
+    body = options._asdict() | {"space": {k: [type(d).__name__, *d] for k, d in options.space.items()}}
+    write_atomic(folder / "sweep.json", json.dumps({"options": body, "trials": names}, indent=1, default=str))
+
+
+def read_options(folder: Path) -> tuple[SweepOptions, list[str]]:
+    """Options and names of the trials of the sweep in `folder`. Raises SweepError where there is none."""
+    path = folder / "sweep.json"
+    if not path.is_file():
+        raise SweepError(f"{folder} is no sweep: it has no sweep.json")
+    body = json.loads(path.read_text())
+    plain = body["options"]
+    space = {k: KINDS[kind](*rest) for k, (kind, *rest) in plain["space"].items()}
+    return SweepOptions(**plain | {"space": space, "also": tuple(plain["also"]), "seeds": tuple(plain["seeds"])}), body["trials"]
+
+
+def read_record(folder: Path, name: str) -> Record:
+    """The record of a trial. Raises SweepError where it cannot be read."""
+    path = folder / name / "trial.json"
+    try:
+        return Record(**json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise SweepError(f"{path}: {error}; it belongs to trial {name!r}, remove the folder to run it anew") from None
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Keep the record in the folder of its trial."""
+    write_atomic(folder / record.name / "trial.json", json.dumps(record._asdict(), indent=1))
+
+
+def prepare(folder: Path, trial: Trial, *, retry: bool) -> Record:
+    """The record of a trial that may have begun; its folder and config.json are made where it has not.
+
+    retry: a failed trial is run again. Raises SweepError where the folder holds a run of another config.
+    """
+    own = folder / trial.name
+    record = Record(trial.name, trial.group, trial.seed, json.loads(json.dumps(trial.overrides)))
+    if (own / "trial.json").is_file():
+        old = read_record(folder, trial.name)
+        if old.status != "waiting":
+            _same(own, trial)
+            record = record._replace(status=old.status, reason=old.reason, seconds=old.seconds)
+    elif own.exists():
+        raise SweepError(f"{own} exists and is no trial of a sweep; use another --workdir")
+    if record.status == "running" or (record.status == "failed" and retry):
+        record = record._replace(status="stopped")
+    own.mkdir(exist_ok=True)
+    if record.status not in OVER:
+        write_atomic(own / "config.json", trial.config.to_json_best_effort(indent=2))
+    write_record(folder, record)
+    return record
+
+
+def lock(folder: Path) -> Any:
+    """Keep other sweeps out of `folder` until the returned file is closed. Raises LockedError while another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return manifest.lock(folder)
+
+
+def await_free(run: Path) -> None:
+    """Return when no process writes to a run: those of a sweep killed outright may still be saving. Raises LockedError after PATIENCE."""
+    checkpoints = run / "checkpoints"
+    deadline, told = time.monotonic() + PATIENCE, False
+    while checkpoints.is_dir():
+        try:
+            manifest.lock(checkpoints).close()
+            return
+        except manifest.LockedError:
+            if time.monotonic() > deadline:
+                raise
+            if not told:
+                say(f"{run.name}: its last process still saves; waiting for it")
+            told = True
+            time.sleep(0.2)
+
+
+def curve(run: Path, metric: str) -> dict[int, float]:
+    """step -> value of one evaluation metric of a run; empty before its first evaluation."""
+    return {row["step"]: float(row[metric]) for row in evaluations(run) if metric in row}
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that evaluations wrote. Reads a run that is writing: a torn last line is left out."""
+    path = run / METRICS
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [row for row in map(decode, (line for line in lines if '"samples"' not in line)) if "samples" not in row]
+
+
+def known_metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names that evaluations have given."""
+    return sorted({name for row in rows for name in row if name != "step"})
+
+
+def _same(own: Path, trial: Trial) -> None:
+    """Raises SweepError where the run in `own` was made with another config than the trial's, naming the first key."""
+    try:
+        old = flat(json.loads((own / "config.json").read_text()))
+    except (OSError, ValueError):  # killed while it was written; the trial's own takes its place
+        return
+    new = flat(json.loads(trial.config.to_json_best_effort()))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE):
+            raise SweepError(
+                f"{own} was run with config.{key}={old.get(key)!r}; the sweep now says {new.get(key)!r}. "
+                f"Use another --workdir, or remove this folder to run the trial anew"
+            )
