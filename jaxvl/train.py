@@ -24,7 +24,7 @@ from jaxvl import checkpoint, config as configs, evals, report
 from jaxvl.data.dataset import Dataset, captions, decode_options, open_data
 from jaxvl.data.decode import canvas_side
 from jaxvl.data.stream import train_batches
-from jaxvl.data.text import Tokenizer, load_tokenizer, train_tokenizer
+from jaxvl.data.text import TRAINED, Tokenizer, load_tokenizer, train_tokenizer
 from jaxvl.interop import initial
 from jaxvl.mesh import BATCH, make_mesh, place, process_rows, shardings, start_processes
 from jaxvl.methods import METHODS
@@ -227,7 +227,7 @@ def read_params(parts: Parts, workdir: Path, mesh: Mesh | None, *, step: int | N
 def _tokenizer(recipe: configs.Recipe, workdir: Path, dataset: Dataset | None) -> Tokenizer:
     folder = workdir / "tokenizer"
     if not folder.is_dir() and jax.process_index() == 0:
-        if recipe.tokenizer.name != "bpe":
+        if recipe.tokenizer.name not in TRAINED:
             made = load_tokenizer(recipe.tokenizer)
         elif dataset is None:
             raise ValueError(f"{workdir} has no tokenizer folder, and the run's tokenizer was trained on its captions")

@@ -13,7 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # of the trained BPE
+from jaxvl.data import words
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # of the trained tokenizers
+TRAINED = ("bpe", "words")  # tokenizers that are made of the captions themselves
 LONGEST = 1 << 14  # bytes of a caption that are looked at; no encoder reads more
 PUNCTUATION = re.compile(r"""[,.'!?"()*#:;~]""")  # what ALBEF's cleaning deletes
 INVISIBLE = dict.fromkeys(map(ord, "\0\ufeff\u200b\u2060"), " ")  # NUL, byte order mark and spaces of no width
@@ -52,9 +55,10 @@ class Cleaning(NamedTuple):
 
 
 class TokenizerOptions(NamedTuple):
-    """name: "bpe", or a folder or hub name of a fast tokenizer. context_length: ids a caption, BOS and EOS included.
+    """name: "bpe", "words" (words.py), or a folder or hub name of a fast tokenizer. context_length: ids a caption, BOS and EOS included.
 
-    end: whether a caption ends in EOS; ALBEF and TCL feed BERT none ([CLS] and word pieces). vocab_size, lowercase and captions (how many to train on at most) are those of the BPE.
+    end: whether a caption ends in EOS; ALBEF and TCL feed BERT none ([CLS] and word pieces). vocab_size and captions (how many to train
+    on at most) are those of a tokenizer made of captions, lowercase that of the BPE.
     """
 
     name: str = "bpe"
@@ -128,7 +132,7 @@ def check(options: TokenizerOptions) -> None:
 
 
 def train_tokenizer(captions: Iterable[str], options: TokenizerOptions) -> Tokenizer:
-    """A byte-level BPE of `captions`, the same for the same captions in any order; no caption has an unknown token.
+    """A byte-level BPE of `captions`, the same for the same captions in any order; no caption has an unknown token. Or their words.
 
     Few captions give fewer tokens than vocab_size. Raises ValueError where there is no caption at all.
     """
@@ -140,6 +144,9 @@ def train_tokenizer(captions: Iterable[str], options: TokenizerOptions) -> Token
         first = next(captions)
     except StopIteration:
         raise ValueError("there are no captions to train a tokenizer on; set tokenizer.name to a folder or a hub name") from None
+    captions = itertools.islice(itertools.chain([first], captions), options.captions)
+    if options.name == "words":
+        return Tokenizer(words.backend(captions, [PAD, EOS], options.vocab_size), options.context_length, None, EOS, PAD, options.end)
     backend = Backend(models.BPE())
     steps = [normalizers.NFKC()] + [normalizers.Lowercase()] * options.lowercase
     backend.normalizer = normalizers.Sequence(steps)
@@ -149,7 +156,7 @@ def train_tokenizer(captions: Iterable[str], options: TokenizerOptions) -> Token
     trainer = trainers.BpeTrainer(
         vocab_size=options.vocab_size, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(itertools.islice(itertools.chain([first], captions), options.captions), trainer)
+    backend.train_from_iterator(captions, trainer)
     return Tokenizer(backend, options.context_length, BOS, EOS, PAD, options.end)
 
 
@@ -165,8 +172,8 @@ def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None) 
         names = json.loads((Path(folder) / "tokenizer_config.json").read_text())
         saved = Backend.from_file(str(Path(folder) / "tokenizer.json"))
         return Tokenizer(saved, options.context_length, names.get("bos_token"), names["eos_token"], names.get("pad_token"), options.end)
-    if options.name == "bpe":
-        raise ValueError("tokenizer.name is 'bpe', which is trained on captions; only a folder or a hub name can be loaded")
+    if options.name in TRAINED:
+        raise ValueError(f"tokenizer.name is {options.name!r}, which is trained on captions; only a folder or a hub name can be loaded")
     from transformers import AutoTokenizer
 
     found = AutoTokenizer.from_pretrained(options.name)

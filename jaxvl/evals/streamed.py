@@ -35,12 +35,16 @@ def streamed_ranks(
     mesh: Mesh,
     *,
     leave_one_out: bool = False,
+    without: np.ndarray | None = None,
+    answers: np.ndarray | None = None,
     block: int = BLOCK,
 ) -> Ranks:
     """Ranks of the best right item, as `ranking.exact_ranks`, from float32 `queries` [query, d] and `gallery` [item, d].
 
     An item is right where its group (int >= 0) is that of the query. `leave_one_out`: queries and gallery are the same rows, and a
-    row is not an item of its own. Scores are float32 dot products at the highest precision.
+    row is not an item of its own. `without`: int [query], one item that each query's gallery lacks, -1 for none. `answers`: int
+    [query, answer], right items by index, filled up with -1, beside those of the group. Scores are float32 dot products at the
+    highest precision.
 
     The gallery passes twice, first to find the best right item, then to count against it. Scores of two programs may
     differ in the last bit, which would turn a tie into a win or a loss, so one compiled program serves both passes.
@@ -50,17 +54,19 @@ def streamed_ranks(
     _check(queries, gallery)
     if leave_one_out and len(queries) != len(gallery):
         raise ValueError(f"leave_one_out ranks rows against themselves, but there are {len(queries)} queries and {len(gallery)} items")
+    without = np.arange(len(queries)) if leave_one_out else without
     place, count = _split(mesh), _programs(mesh)[0]
     parts: list[Counts] = []
     for start, rows in _chunks(queries, block, mesh):
         zeros = np.zeros(len(rows), np.int32)
-        group = place(_pad(query_group[start : start + len(rows)].astype(np.int32), len(rows), -1))
-        own = place(start + np.arange(len(rows), dtype=np.int32) if leave_one_out else zeros - 1)
+        mine = lambda x, start=start, rows=rows: place(_pad(x[start : start + len(rows)].astype(np.int32), len(rows), -1))
+        group, own = mine(query_group), place(zeros - 1) if without is None else mine(without)
+        right = None if answers is None else mine(answers)
         counts = Counts(*map(place, (np.full(len(rows), -np.inf, np.float32), zeros - 1, zeros, zeros, zeros)))
         placed = place(rows)
         for counting in (False, True):
             for at, items, groups in _blocks(gallery, gallery_group, block, mesh):
-                last, counts = counts, count(counts, placed, group, own, items, groups, at, np.bool_(counting))
+                last, counts = counts, count(counts, placed, group, own, right, items, groups, at, np.bool_(counting))
                 jax.block_until_ready(last)  # no more than two blocks wait on the devices
         parts.append(counts)
     _, first, above, level, before = (np.concatenate(x)[: len(queries)] for x in zip(*_fetch(parts), strict=True))
@@ -89,17 +95,20 @@ def streamed_top(queries: np.ndarray, gallery: np.ndarray, k: int, mesh: Mesh, *
 def _programs(mesh: Mesh) -> tuple[Callable, Callable]:
     """`_pass` and `_merge` with their shardings pinned: left open, those of a result could call for a second program."""
     rows, every = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
-    count = jax.jit(_pass, in_shardings=(rows,) * 4 + (every,) * 4, out_shardings=rows)
+    count = jax.jit(_pass, in_shardings=(rows,) * 5 + (every,) * 4, out_shardings=rows)
     merge = jax.jit(_merge, in_shardings=(rows,) * 3 + (every,) * 3, out_shardings=rows)
     return count, merge
 
 
-def _pass(counts, queries, query_group, own, items, groups, start, counting) -> Counts:  # type: ignore[no-untyped-def]
+def _pass(counts, queries, query_group, own, answers, items, groups, start, counting) -> Counts:  # type: ignore[no-untyped-def]
     """One block of the gallery. First pass (counting=False): the best right item; second: the wrong items around it."""
     scores = jax.lax.optimization_barrier(_scores(queries, items))  # [query, item]
     index = start + jnp.arange(len(items))  # [item]
     valid = (groups >= 0) & (index != own[:, None])
-    right = valid & (groups == query_group[:, None])
+    right = groups == query_group[:, None]
+    if answers is not None:
+        right |= (index[:, None] == answers[:, None]).any(2)
+    right &= valid
     wrong = valid & ~right
 
     hopes = jnp.where(right, scores, -jnp.inf)

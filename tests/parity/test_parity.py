@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity import codis, hf, metrics, tcl_eval
+from tests.parity import codis, hf, jvsm, metrics, tcl_eval
 from tests.parity.case import Case, Check
 
 FAMILIES: dict[str, dict[str, Check]] = {
     "codis": codis.CHECKS,
     "hf": hf.CHECKS,
+    "jvsm": jvsm.CHECKS,
     "metrics": metrics.CHECKS,
     "tcl": tcl_eval.CHECKS,
 }
