@@ -42,6 +42,7 @@ class Layout(NamedTuple):
     renames: tuple[tuple[str, str], ...] = ()  # (pattern, replacement): older spellings of the same names
     copies: tuple[tuple[str, str], ...] = ()  # (theirs, theirs): may be present, and then equals the other where ours is tied
     unread: tuple[str, ...] = ()  # patterns of tensors that are no weights of ours: buffers, heads of other tasks
+    files_only: bool = False  # transformers 5 reads files with these names into modules of other names
 
 
 def linear(ours: str, theirs: str) -> list[Name]:
@@ -102,7 +103,7 @@ _SWIGLU = ("image/blocks/mlp/gate", "image/blocks/mlp/up")
 _VIT_NORMS, _VIT_PREFIXES = ("layernorm_before", "layernorm_after"), ("", "vit.", "deit.")
 _DINO_NORMS, _DINO_PREFIXES = ("norm1", "norm2"), ("", "dinov2.", "dinov2_with_registers.")
 VIT = (
-    Layout(_vit(_HUB, *_OLD, _VIT_NORMS, _mlp(f"{_HUB}.intermediate.dense", f"{_HUB}.output.dense"), LEAD), _VIT_PREFIXES),
+    Layout(_vit(_HUB, *_OLD, _VIT_NORMS, _mlp(f"{_HUB}.intermediate.dense", f"{_HUB}.output.dense"), LEAD), _VIT_PREFIXES, files_only=True),
     Layout(_vit("{p}layers.{i}", *_NEW, _VIT_NORMS, _mlp("{p}layers.{i}.mlp.fc1", "{p}layers.{i}.mlp.fc2"), LEAD), _VIT_PREFIXES),
 )
 
@@ -115,7 +116,7 @@ def dinov2(gated: bool) -> tuple[Layout, ...]:
         hub = [*fused(_SWIGLU, f"{mlp}.weights_in.weight", f"{mlp}.weights_in.bias"), *linear("image/blocks/mlp/down", f"{mlp}.weights_out")]
         memory = [name for x in ("gate", "up", "down") for name in linear(f"image/blocks/mlp/{x}", f"{mlp}.{x}_proj")]
     return (
-        Layout(_vit(_HUB, *_OLD, _DINO_NORMS, hub, SAME), _DINO_PREFIXES),
+        Layout(_vit(_HUB, *_OLD, _DINO_NORMS, hub, SAME), _DINO_PREFIXES, files_only=True),
         Layout(_vit(_HUB, *_NEW, _DINO_NORMS, memory, SAME), _DINO_PREFIXES),
         original(gated),
     )

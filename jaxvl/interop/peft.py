@@ -84,7 +84,7 @@ def write(folder: Path, adapters: dict[str, np.ndarray], options: LoraOptions, m
 
     Raises AdapterError for an adapter of a map that the published model does not have as one of its own.
     """
-    choice = _choices(model)[0]
+    choice = next(choice for choice in _choices(model) if not choice[0].files_only)  # PEFT looks modules up by their names in memory
     modules = {module: where for module, where in _modules(model, *choice).items() if f"{where[0]}/a" in adapters}
     lost = {name.removesuffix("/a") for name in adapters if name.endswith("/a")} - {path for path, _ in modules.values()}
     if lost:

@@ -1,5 +1,7 @@
 """Runs that start from PEFT adapter folders and leave them: through the config, the first state, and `jaxvl export --format peft`."""
+import importlib.util
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -111,6 +113,26 @@ def test_export_of_two_published_models_and_of_one(imported, tokenizer, tmp_path
     export.run(parts, Restored(3, randomised(shapes), {}), "peft", tmp_path / "one")
     assert {p.name for p in (tmp_path / "one").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert "trained as well, and no part of an adapter folder: image/head/kernel, t, text/head/kernel" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not all(importlib.util.find_spec(name) for name in ("torch", "peft")), reason="torch and peft are not installed: pip install peft")
+def test_peft_itself_makes_the_same_changes_to_the_same_modules(imported, tokenizer, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    parts, shapes = assembled(imported, tokenizer, lora=dict(targets="blocks/.*kernel$"))
+    found = Restored(3, randomised(shapes), {})
+    export.run(parts, found, "peft", tmp_path / "out")
+    for name, source in (("image", "vit"), ("text", "bert")):
+        adapted = PeftModel.from_pretrained(AutoModel.from_pretrained(HF / source), tmp_path / "out" / name)
+        theirs = {path: module.get_delta_weight("default").detach().numpy().T for path, module in adapted.base_model.model.named_modules() if hasattr(module, "lora_A")}
+        ours = found.state["lora"][name]["blocks"]
+        for ending, (part, linear) in {"up": ("mlp", "up"), "down": ("mlp", "down"), "q": ("attn", "q"), "out": ("attn", "out")}.items():
+            modules = {"up": r"fc1|intermediate", "down": r"fc2|\.\d+\.output", "q": r"q_proj|query", "out": r"o_proj|attention\.output"}[ending]
+            a, b = ours[part][linear]["kernel"]["a"], ours[part][linear]["kernel"]["b"]
+            want = lora.scale(parts.recipe.lora) * np.einsum("lir,lro->lio", a, b)
+            got = [change for path, change in theirs.items() if re.search(modules, path)]
+            np.testing.assert_allclose(np.stack(got), want, atol=1e-6)
 
 
 @pytest.mark.parametrize("sections, words", [
