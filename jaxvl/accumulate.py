@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxvl.mesh import BATCH
 from jaxvl.methods.method import Batch, Method
+from jaxvl.rows import cut, join, split_over_devices
 
 
 def value_and_grad(method: Method, accumulate: int) -> Callable[[Any, Any, Batch, jax.Array], tuple[tuple[jax.Array, dict], Any]]:
@@ -69,25 +69,3 @@ def value_and_grad(method: Method, accumulate: int) -> Callable[[Any, Any, Batch
         return (loss, aux), grads
 
     return grad_fn
-
-
-def cut(tree: Any, parts: int) -> Any:
-    """Arrays [B, ...] as [B / parts, parts, ...]; part i is [:, i]. Raises ValueError where B does not divide."""
-    batch = jax.tree.leaves(tree)[0].shape[0]
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch % (parts * devices):
-        raise ValueError(f"a batch of {batch} rows does not cut into {parts} microbatches over {devices} devices: make it a multiple of {parts * devices}")
-    return jax.tree.map(lambda x: x.reshape(batch // parts, parts, *x.shape[1:]), tree)
-
-
-def join(x: jax.Array) -> jax.Array:
-    """The inverse of `cut` for parts stacked in front: [parts, B / parts, ...] -> [B, ...]."""
-    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
-
-
-def split_over_devices(tree: Any) -> Any:
-    """Pins the leading axis to the batch axes of the context mesh, which the compiler may lose in the reshapes."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return tree
-    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, BATCH), tree)

@@ -50,6 +50,8 @@ def make_train_step(
         seen_views = {image: seen(image, key) for image, key in views.items() if image in batch}
         batch = {k: v for k, v in batch.items() if k not in ("frame", "frame_aug", "sided")} | seen_views
 
+        if method.constrain is not None:
+            state = state._replace(params=method.constrain(state.params))
         hold = frozen(optim, state.params)
         (loss, aux), grads = grad_fn(state.params, state.memory, batch, key_model)
         if grad_shardings is not None:

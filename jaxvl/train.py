@@ -173,7 +173,8 @@ def build(recipe: configs.Recipe, workdir: Path, dataset: Dataset | None) -> Par
 
 def assemble(recipe: configs.Recipe, tokenizer: Tokenizer) -> Parts:
     """Method and batch spec of a recipe for a tokenizer. Raises ValueError for towers that cannot be."""
-    text = recipe.text._replace(vocab_size=recipe.text.vocab_size or tokenizer.vocab_size, eos_id=recipe.text.eos_id or tokenizer.eos)
+    given = recipe.text
+    text = given._replace(vocab_size=given.vocab_size or tokenizer.vocab_size, eos_id=given.eos_id or tokenizer.eos, mask_id=given.mask_id or tokenizer.mask or 0)
     if text.vocab_size < tokenizer.vocab_size:
         raise ValueError(f"config.text.vocab_size is {text.vocab_size}; the tokenizer has {tokenizer.vocab_size} ids")
     optim = recipe.optim._replace(groups=lora.groups(recipe.optim.groups)) if recipe.lora.rank else recipe.optim

@@ -18,7 +18,7 @@ FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 def test_full_size_in_shapes(file):
     """Method, optimiser, path rules and the whole train step at full size, without an array."""
     config = configs.load(str(file))
-    tokenizer = SimpleNamespace(vocab_size=config.tokenizer.vocab_size, context_length=config.tokenizer.context_length, eos=2)
+    tokenizer = SimpleNamespace(vocab_size=config.tokenizer.vocab_size, context_length=config.tokenizer.context_length, eos=2, mask=3)
     mesh = make_mesh(configs.read(config).mesh)
     with jax.set_mesh(mesh):
         parts = train.assemble(configs.read(config), tokenizer)

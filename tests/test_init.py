@@ -71,7 +71,7 @@ def test_what_is_loaded_resized_and_new(imported, tokenizer, capsys):
 def test_a_row_is_put_in_front_for_the_padding_that_a_tokenizer_adds(imported, tokenizer):
     model = importing.read(imported / "bert").model
     rows = model.text.vocab_size
-    small = SimpleNamespace(vocab_size=rows + 1, context_length=8, eos=2)
+    small = SimpleNamespace(vocab_size=rows + 1, context_length=8, eos=2, mask=3)
     parts = train.assemble(configs.read(config(imported, init=dict(skip=""))), small)
     shapes, _ = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
     leaf = initial.plan(parts.recipe, shapes, 1)["text/embed"]

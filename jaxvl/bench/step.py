@@ -34,6 +34,7 @@ class Sizes(NamedTuple):
 
     vocab_size: int
     eos: int
+    mask: int
     context_length: int
 
 
@@ -171,7 +172,7 @@ def microbatches(batch_size: int, devices: int) -> int:
 def tokenizer(recipe: Recipe) -> Any:
     """The tokenizer of a recipe; of one that a run would train, only the sizes."""
     o = recipe.tokenizer
-    return Sizes(o.vocab_size, o.vocab_size - 1, o.context_length) if o.name == "bpe" else load_tokenizer(o)
+    return Sizes(o.vocab_size, o.vocab_size - 1, o.vocab_size - 2, o.context_length) if o.name == "bpe" else load_tokenizer(o)
 
 
 def random_batch(parts: Parts) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxvl.data import words
 
-PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # of the trained tokenizers
+PAD, BOS, EOS, MASK = "<pad>", "<bos>", "<eos>", "<mask>"  # of the trained tokenizers
 TRAINED = ("bpe", "words")  # tokenizers that are made of the captions themselves
 LONGEST = 1 << 14  # bytes of a caption that are looked at; no encoder reads more
 PUNCTUATION = re.compile(r"""[,.'!?"()*#:;~]""")  # what ALBEF's cleaning deletes
@@ -72,11 +72,11 @@ class TokenizerOptions(NamedTuple):
 class Tokenizer:
     """Captions to ids and back.
 
-    vocab_size: number of ids, padding included. bos, eos: their ids, bos None where the tokenizer has none. offset: what was
+    vocab_size: number of ids, padding included. bos, eos, mask: their ids, None for a bos or mask that the tokenizer has not. offset: what was
     added to the ids of the tokenizer it came from, 0 or 1; imported embedding tables need as many rows put in front.
     """
 
-    def __init__(self, backend: Any, context_length: int, bos: str | None, eos: str, pad: str | None, end: bool = True) -> None:
+    def __init__(self, backend: Any, context_length: int, bos: str | None, eos: str, pad: str | None, end: bool = True, mask: str | None = None) -> None:
         """`backend` is a tokenizers.Tokenizer; it is kept and changed: template, truncation, no padding. end: captions end in EOS."""
         from tokenizers import processors
 
@@ -89,12 +89,13 @@ class Tokenizer:
         backend.post_processor = processors.TemplateProcessing(template, None, specials)
         backend.enable_truncation(context_length)
         backend.no_padding()
-        self._backend, self._names = backend, {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        self._backend, self._names = backend, {"bos_token": bos, "eos_token": eos, "pad_token": pad, "mask_token": mask}
         self.offset = 0 if pad and pad not in (bos, eos) and backend.token_to_id(pad) == 0 else 1
         self.context_length = context_length
         self.vocab_size = backend.get_vocab_size() + self.offset
         self.bos = None if first is None else first + self.offset
         self.eos = last + self.offset
+        self.mask = backend.token_to_id(mask) + self.offset if mask else None
 
     def encode_batch(self, captions: Sequence[str]) -> np.ndarray:
         """int32 [len(captions), context_length]: BOS, tokens, EOS (where captions end in one), padding; a long caption loses its end, never its EOS."""
@@ -125,7 +126,7 @@ class Tokenizer:
 def check(options: TokenizerOptions) -> None:
     """Raise ValueError for a value that cannot be meant."""
     if options.name == "bpe" and options.vocab_size < 512:
-        raise ValueError(f"tokenizer.vocab_size is {options.vocab_size}; 256 are bytes and three are special, so it takes 512 or more")
+        raise ValueError(f"tokenizer.vocab_size is {options.vocab_size}; 256 are bytes and four are special, so it takes 512 or more")
     for name in ("context_length", "captions"):
         if getattr(options, name) < 1:
             raise ValueError(f"tokenizer.{name} is {getattr(options, name)}; it takes a positive number")
@@ -154,10 +155,10 @@ def train_tokenizer(captions: Iterable[str], options: TokenizerOptions) -> Token
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=options.vocab_size, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False
+        vocab_size=options.vocab_size, special_tokens=[PAD, BOS, EOS, MASK], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(captions, trainer)
-    return Tokenizer(backend, options.context_length, BOS, EOS, PAD, options.end)
+    return Tokenizer(backend, options.context_length, BOS, EOS, PAD, options.end, MASK)
 
 
 def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None) -> Tokenizer:
@@ -171,7 +172,7 @@ def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None) 
 
         names = json.loads((Path(folder) / "tokenizer_config.json").read_text())
         saved = Backend.from_file(str(Path(folder) / "tokenizer.json"))
-        return Tokenizer(saved, options.context_length, names.get("bos_token"), names["eos_token"], names.get("pad_token"), options.end)
+        return Tokenizer(saved, options.context_length, names.get("bos_token"), names["eos_token"], names.get("pad_token"), options.end, names.get("mask_token"))
     if options.name in TRAINED:
         raise ValueError(f"tokenizer.name is {options.name!r}, which is trained on captions; only a folder or a hub name can be loaded")
     from transformers import AutoTokenizer
@@ -183,7 +184,7 @@ def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None) 
     bos, eos = found.bos_token or found.cls_token, found.eos_token or found.sep_token
     if eos is None:
         raise ValueError(f"tokenizer.name is {options.name!r}, which has no EOS or SEP token; text encoders need one to end a caption")
-    return Tokenizer(backend, options.context_length, bos, eos, found.pad_token, options.end)
+    return Tokenizer(backend, options.context_length, bos, eos, found.pad_token, options.end, found.mask_token)
 
 
 def clean_caption(raw: bytes | str, cleaning: Cleaning = Cleaning()) -> str:

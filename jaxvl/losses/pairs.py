@@ -12,5 +12,5 @@ def check(loss: str, image: jax.Array, text: jax.Array, impl: str) -> None:
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a @ b` in full float32, also where the hardware's default is less: logits are differences of large numbers."""
-    return jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
+    """`a @ b` in full float32 or more, also where the hardware's default is less: logits are differences of large numbers."""
+    return jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.promote_types(jnp.float32, jnp.result_type(a, b)))

@@ -22,4 +22,5 @@ class Choice(NamedTuple):
 METHODS = {
     "clip": Choice("jaxvl.methods.clip", "ClipOptions"),
     "siglip": Choice("jaxvl.methods.siglip", "SiglipOptions"),
+    "tcl": Choice("jaxvl.methods.tcl", "TclOptions"),
 }

@@ -48,6 +48,7 @@ class Method(NamedTuple):
     flops: (batch_spec) -> FLOPs of the forward pass of training for one example, a multiply-add counted as two.
     rules: ordered (path pattern, PartitionSpec) pairs that place every leaf of `params` and `memory`.
     score_pair: see PairScore. It and compose are None where a method has no such face.
+    constrain: (params) -> params, what every step begins with, such as a scalar cut back to its bounds; None for nothing.
     """
 
     init: Callable[[jax.Array, dict], tuple[Any, Any]]
@@ -61,6 +62,7 @@ class Method(NamedTuple):
     rules: tuple[tuple[str, PartitionSpec], ...]
     score_pair: PairScore | None = None
     compose: Callable | None = None
+    constrain: Callable[[Any], Any] | None = None
 
 
 def split_key(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:

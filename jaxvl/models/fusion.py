@@ -1,4 +1,6 @@
 """Layers on top of two towers: a text transformer that reads image tokens, and the heads that predict words."""
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,15 +18,39 @@ class Fusion(nn.Module):
     options: TextOptions
 
     @nn.compact
-    def __call__(self, states, mask, images, images_mask=None, *, hidden: bool = False) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(self, states, mask, images, images_mask=None, *, keys_values=None, source=None, hidden: bool = False) -> tuple[jax.Array, jax.Array | None]:
         """states [batch, token, width] and their mask bool [batch, token] or None, images [batch, patch, any width] and
-        their mask bool [batch, patch] or None -> states [batch, token, width], every layer's [depth, ...] if asked for."""
+        their mask bool [batch, patch] or None -> states [batch, token, width], every layer's [depth, ...] if asked for.
+
+        `keys_values` of `image_keys_values` stand in for the images, and are then read by any number of rows: row r of group
+        g reads those of image source[g, r] of its group, the images being cut in as many groups as the rows; without `source`
+        row i reads image i.
+        """
         o = resolve(self.options)
         block = block_options(o)._replace(cross=True)
         rows = lambda given: None if given is None else given.astype(bool)[:, None, None]
-        context = parts.Context(mask=rows(mask), tokens=images.astype(jnp.dtype(o.dtype)), tokens_mask=rows(images_mask))
-        x, layers = parts.stack(block, "blocks", hidden=hidden)(states.astype(jnp.dtype(o.dtype)), context, None)
+        tokens = None if images is None else images.astype(jnp.dtype(o.dtype))
+        context = parts.Context(mask=rows(mask), tokens=tokens, tokens_mask=rows(images_mask), source=source)
+        x, layers = parts.stack(block, "blocks", hidden=hidden)(states.astype(jnp.dtype(o.dtype)), context, None, keys_values)
         return (parts.norm(block, "norm")(x) if o.final_norm else x), layers.hidden
+
+
+class ImageKeysValues(nn.Module):
+    """The part of `Fusion` that depends on the images alone, with the same parameters: images [batch, patch, any width] ->
+    keys and values of every layer, each [depth, batch, patch, kv_head, head_width]."""
+
+    options: TextOptions
+
+    @nn.compact
+    def __call__(self, images) -> tuple[jax.Array, jax.Array]:
+        o = resolve(self.options)
+        each = nn.scan(parts.CrossKeysValues, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=o.depth)
+        return each(block_options(o)._replace(cross=True), name="blocks")(None, images.astype(jnp.dtype(o.dtype)))[1]
+
+
+def image_keys_values(options: TextOptions, params: Any, images: jax.Array) -> Any:
+    """`ImageKeysValues` with the parameters of a `Fusion`."""
+    return ImageKeysValues(options).apply({"params": params}, images)
 
 
 class LmHead(nn.Module):

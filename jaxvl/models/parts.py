@@ -81,6 +81,7 @@ class Context(NamedTuple):
     rope: tuple[jax.Array, jax.Array] | None = None  # cos, sin, each float32 [batch, token, head_width]
     tokens: jax.Array | None = None  # [batch, context, any width], for cross-attention
     tokens_mask: jax.Array | None = None  # bool [batch, 1, 1, context]
+    source: jax.Array | None = None  # int [group, row]: whose keys and values a row cross-attends to, within its group
 
 
 class Layer(NamedTuple):
@@ -149,19 +150,25 @@ class Attention(nn.Module):
     """Multi-head attention of x [batch, query, width] over itself or over `context` [batch, key, any].
 
     Returns the projected output [batch, query, width] and the keys and values [batch, key, kv_head, head_width]
-    (after rotary embedding, before the prefix is put in front of them).
+    (after rotary embedding, before the prefix is put in front of them). `keys_values` are those of a context that was
+    projected before; without x only they are computed, and the output is None.
     """
 
     options: BlockOptions
 
     @nn.compact
-    def __call__(self, x, context=None, mask=None, rope=None, prefix=None, causal=False):
+    def __call__(self, x, context=None, mask=None, rope=None, prefix=None, causal=False, keys_values=None):
         o = self.options
         split = lambda y, heads: y.reshape(*y.shape[:-1], heads, o.head_width)
-        source = x if context is None else context
+        if keys_values is None:
+            source = x if context is None else context
+            project = lambda name: split(dense(o, o.key_heads * o.head_width, source.shape[-1], o.qkv_bias, name)(source), o.key_heads)
+            k, v = project("k"), project("v")
+        else:
+            k, v = keys_values
+        if x is None:
+            return None, (k, v)
         q = split(dense(o, o.heads * o.head_width, o.width, o.qkv_bias, "q")(x), o.heads)
-        k = split(dense(o, o.key_heads * o.head_width, source.shape[-1], o.qkv_bias, "k")(source), o.key_heads)
-        v = split(dense(o, o.key_heads * o.head_width, source.shape[-1], o.qkv_bias, "v")(source), o.key_heads)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         keys_values = (k, v)
@@ -199,7 +206,7 @@ class Block(nn.Module):
     keys_values: bool = False
 
     @nn.compact
-    def __call__(self, x, context: Context, prefix=None):
+    def __call__(self, x, context: Context, prefix=None, cross_keys_values=None):
         o = self.options
 
         def residual(x, name, branch):
@@ -222,16 +229,39 @@ class Block(nn.Module):
 
         x = residual(x, "attn", self_attention)
         if o.cross:
-            x = residual(x, "cross", lambda y: Attention(o, name="cross")(y, context.tokens, context.tokens_mask)[0])
+            projected = read_by_rows(cross_keys_values, context.source)
+            x = residual(x, "cross", lambda y: Attention(o, name="cross")(y, context.tokens, context.tokens_mask, keys_values=projected)[0])
         x = residual(x, "mlp", Mlp(o, name="mlp"))
         return x, Layer(x if self.hidden else None, kept[0] if self.keys_values else None)
 
 
+class CrossKeysValues(nn.Module):
+    """The keys and values of a `Block`'s cross-attention alone, from its parameters; a scan over layers carries nothing."""
+
+    options: BlockOptions
+
+    @nn.compact
+    def __call__(self, _, tokens):
+        return None, Attention(self.options, name="cross")(None, tokens)[1]
+
+
+def read_by_rows(keys_values: Any, source: jax.Array | None) -> Any:
+    """Keys and values [batch, ...] in the order in which rows read them; source int [group, row], as in `Context`.
+
+    The batch is cut in as many groups as `source` has, so that groups which lie on one device are read without any exchange.
+    """
+    if keys_values is None or source is None:
+        return keys_values
+    read = jax.vmap(lambda x, rows: jnp.take(x, rows, axis=0))
+    return jax.tree.map(lambda x: read(x.reshape(len(source), -1, *x.shape[1:]), source).reshape(-1, *x.shape[1:]), keys_values)
+
+
 def stack(o: BlockOptions, name: str, *, hidden: bool = False, keys_values: bool = False) -> nn.Module:
-    """`depth` blocks as one module: (x, Context, prefix) -> (x, Layer).
+    """`depth` blocks as one module: (x, Context, prefix, cross_keys_values) -> (x, Layer).
 
     Parameters have a leading layer axis whether the loop is scanned or unrolled, so both read the same checkpoint.
-    `prefix` is None or keys and values [layer, 1 | batch, prefix, kv_head, head_width] put in front of each layer's own.
+    `prefix` is None or keys and values [layer, 1 | batch, prefix, kv_head, head_width] put in front of each layer's own,
+    `cross_keys_values` None or those of the context tokens, projected before.
     """
     block: Any = Block
     if o.remat != "none":
@@ -241,7 +271,7 @@ def stack(o: BlockOptions, name: str, *, hidden: bool = False, keys_values: bool
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast, 0),
+        in_axes=(nn.broadcast, 0, 0),
         length=o.depth,
         unroll=1 if o.scan else o.depth,
     )

@@ -32,6 +32,7 @@ class TextOptions(NamedTuple):
     mask_padding: bool = True  # False: SigLIP, which reads its padding
     pool: Pool = "eos"
     eos_id: int = 0  # the tokenizer's end-of-text id, where pool is eos
+    mask_id: int = 0  # the id that stands for a word to be predicted; 0: the tokenizer's, if it has one
     position: Position = "learned"
     positions: int = 0  # rows of the learned table; 0: as many as the tokens seen at init
     rope_theta: float = 10_000.0
@@ -73,6 +74,8 @@ def resolve(options: TextOptions, section: str = "text") -> TextOptions:
         raise ValueError(
             f"{section}.pool='eos' needs {section}.eos_id between 1 and {o.vocab_size - 1}, the tokenizer's end-of-text id, not {o.eos_id}"
         )
+    if not 0 <= o.mask_id < o.vocab_size:
+        raise ValueError(f"{section}.mask_id={o.mask_id} is no id of a vocabulary of {o.vocab_size}")
     block = block_options(o)
     parts.check_block(block, section)
     if len(o.rope_scaling) not in (0, 4):
@@ -127,7 +130,7 @@ class Text(nn.Module):
             attended = attended[:, None, None]
         embedded = x = parts.batch_sharded(x)
         layers = parts.stack(block, "blocks", hidden=hidden, keys_values=keys_values)
-        x, outputs = layers(x, parts.Context(mask=attended, rope=rope), prefix)
+        x, outputs = layers(x, parts.Context(mask=attended, rope=rope), prefix, None)
         states = parts.norm(block, "norm")(x) if o.final_norm else x
         if o.pool == "map":
             pooled = parts.MapPool(block, name="map")(states, counted[:, None, None] if o.mask_padding else None)

@@ -129,7 +129,7 @@ class Vit(nn.Module):
             x = parts.norm(block, "pre_norm")(x)
 
         embedded = x = parts.batch_sharded(x)  # [batch, class + registers + patch, width]
-        x, layers = parts.stack(block, "blocks", hidden=hidden)(x, parts.Context(), None)
+        x, layers = parts.stack(block, "blocks", hidden=hidden)(x, parts.Context(), None, None)
         tokens = parts.norm(block, "norm")(x)
         pooled = {"cls": lambda: tokens[:, 0], "mean": lambda: tokens[:, o.class_tokens + o.registers :].mean(1),
                   "map": lambda: parts.MapPool(block, name="map")(tokens)}[o.pool]()  # fmt: skip

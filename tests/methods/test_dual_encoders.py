@@ -23,7 +23,7 @@ TINY = dict(variant="", width=16, depth=1, heads=2, mlp_dim=32, dtype="float32")
 IMAGE = VitOptions(**TINY, patch=4, patch_dropout=0.5)
 TEXT = TextOptions(**TINY, vocab_size=20, pool="last")
 OPTIONS = {"clip": clip.ClipOptions(width=8), "siglip": siglip.SiglipOptions()}
-EACH = pytest.mark.parametrize("name", METHODS)
+EACH = pytest.mark.parametrize("name", OPTIONS)
 
 
 def batch():

@@ -31,8 +31,8 @@ def test_stack_equals_the_block_written_out_layer_by_layer(name):
     context = parts.Context(mask=jnp.asarray(counted)[:, None, None], rope=rope, tokens=image)
 
     module = parts.stack(o, "blocks", hidden=True)
-    params = draw(module, x, context, None)
-    y, layers = run(module, params, x, context, None)
+    params = draw(module, x, context, None, None)
+    y, layers = run(module, params, x, context, None, None)
 
     for row in range(2):
         want = np.asarray(x[row], np.float64)
@@ -48,7 +48,7 @@ def test_stack_equals_the_block_written_out_layer_by_layer(name):
 def loss_and_gradient(o, params, x):
     """Mean square of the output of a training pass, and its gradient, with a fixed dropout key."""
     module = parts.stack(o, "blocks")
-    loss = lambda p: (module.apply({"params": p}, x, parts.Context(), None, rngs={"dropout": jax.random.key(7, impl="rbg")})[0] ** 2).mean()
+    loss = lambda p: (module.apply({"params": p}, x, parts.Context(), None, None, rngs={"dropout": jax.random.key(7, impl="rbg")})[0] ** 2).mean()
     return jit(jax.value_and_grad(loss))(params)
 
 
@@ -56,7 +56,7 @@ def loss_and_gradient(o, params, x):
 def plain():
     o = BASE._replace(dropout=0.2, attention_dropout=0.2)
     x = jax.random.normal(jax.random.key(1), (2, 5, o.width))
-    params = draw(parts.stack(o, "blocks"), x, parts.Context(), None)
+    params = draw(parts.stack(o, "blocks"), x, parts.Context(), None, None)
     return o, params, x, loss_and_gradient(o, params, x)
 
 
@@ -71,12 +71,12 @@ def test_unrolling_and_remat_change_neither_value_nor_gradient(plain, change):
 def test_full_remat_saves_memory_scanned_and_unrolled():
     o = BASE._replace(depth=6)
     x = jnp.zeros((64, 32, o.width))
-    params = jax.eval_shape(parts.stack(o, "blocks").init, jax.random.key(0), x, parts.Context(), None)["params"]
+    params = jax.eval_shape(parts.stack(o, "blocks").init, jax.random.key(0), x, parts.Context(), None, None)["params"]
 
     def kept(o):
         """Bytes carried from the forward to the backward pass."""
         module = parts.stack(o, "blocks")
-        _, residuals = jax.eval_shape(lambda p: jax.vjp(lambda p: module.apply({"params": p}, x, parts.Context(), None)[0], p), params)
+        _, residuals = jax.eval_shape(lambda p: jax.vjp(lambda p: module.apply({"params": p}, x, parts.Context(), None, None)[0], p), params)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
 
     for scan in (True, False):
@@ -87,7 +87,7 @@ def test_full_remat_saves_memory_scanned_and_unrolled():
 def test_dropout_acts_only_with_a_key_and_differs_by_layer_and_key(plain):
     o, params, x, _ = plain
     module = parts.stack(o, "blocks", hidden=True)
-    apply = jit(lambda p, x, key: module.apply({"params": p}, x, parts.Context(), None, rngs={} if key is None else {"dropout": key})[1])
+    apply = jit(lambda p, x, key: module.apply({"params": p}, x, parts.Context(), None, None, rngs={} if key is None else {"dropout": key})[1])
     still, one, other = (apply(params, x, key).hidden for key in (None, *(jax.random.key(n, impl="rbg") for n in (1, 2))))
     np.testing.assert_array_equal(apply(params, x, None).hidden, still)
     assert abs(one - other).max() > 0.1 and abs(one - still).max() > 0.1
@@ -134,11 +134,11 @@ def test_norms_and_softmax_are_float32_in_a_bfloat16_block():
     np.testing.assert_allclose(y.astype(jnp.float32).std(-1), 1, rtol=0.01)  # a bfloat16 mean of 100 would be off by 0.25
 
     stack = parts.stack(o, "blocks")
-    shapes = jax.eval_shape(stack.init, jax.random.key(1), x, parts.Context(), None)["params"]
+    shapes = jax.eval_shape(stack.init, jax.random.key(1), x, parts.Context(), None, None)["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-    params = jax.tree.map(lambda leaf: leaf / 3, draw(stack, x, parts.Context(), None))
-    low = run(stack, params, (x - 100).astype(jnp.bfloat16), parts.Context(), None)[0]
-    high = run(parts.stack(o._replace(dtype="float32"), "blocks"), params, x - 100, parts.Context(), None)[0]
+    params = jax.tree.map(lambda leaf: leaf / 3, draw(stack, x, parts.Context(), None, None))
+    low = run(stack, params, (x - 100).astype(jnp.bfloat16), parts.Context(), None, None)[0]
+    high = run(parts.stack(o._replace(dtype="float32"), "blocks"), params, x - 100, parts.Context(), None, None)[0]
     assert low.dtype == jnp.bfloat16
     np.testing.assert_allclose(low.astype(jnp.float32), high, atol=0.05, rtol=0.02)
 
