@@ -1,5 +1,6 @@
 """Re-ranking from shards to numbers with a method whose every score is known, against the same in plain numpy."""
 import io
+import itertools
 import json
 import tarfile
 from pathlib import Path
@@ -99,9 +100,9 @@ def reference(k: int, match: np.ndarray) -> dict[str, float]:
     for way, cosine, score, correct in ("i2t", images @ texts.T, logits, right), ("t2i", texts @ images.T, logits.T, right.T):
         ranks = []
         for row, value, answers in zip(cosine, score, correct, strict=True):
-            proposed = sorted(range(len(row)), key=lambda j: (-row[j], j))[:k]  # noqa: B023
+            proposed = sorted(range(len(row)), key=lambda j: (-row[j], j))[:k]
             total = [value[j] if j in proposed else -100.0 for j in range(len(row))]
-            order = sorted(range(len(row)), key=lambda j: (-total[j], j))  # noqa: B023
+            order = sorted(range(len(row)), key=lambda j: (-total[j], j))
             ranks.append(min(order.index(j) for j in np.flatnonzero(answers)))
         out |= {f"{way}/r@{n}": float(np.mean(np.array(ranks) < n)) for n in (1, 2, 5)}
         out[f"{way}/median_rank"] = float(np.median(ranks)) + 1
@@ -120,7 +121,7 @@ def test_the_same_as_every_query_by_itself(shard, tmp_path, capsys, mesh, k, bat
     assert "pairs of 20 images: " in (said := capsys.readouterr().err) and "6 (" in said  # GFLOPs with the towers for every pair
     text, picture = galleries
     best = text.queries[0].hits
-    assert len(best) == min(5, k) and all(a.score >= b.score for a, b in zip(best, best[1:], strict=False))
+    assert len(best) == min(5, k) and all(a.score >= b.score for a, b in itertools.pairwise(best))
     assert best[0].right == (text.queries[0].rank == 0) and len(picture.queries) == 3
 
 
