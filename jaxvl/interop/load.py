@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvl.interop import tensors
+from jaxvl.interop import albef, tensors
 from jaxvl.interop.names import Layout, Name, layouts
 from jaxvl.interop.positions import resize_table
 from jaxvl.interop.published import Published, describe, shapes
@@ -58,13 +58,16 @@ def load(
     do not fit it.
     """
     stored = tensors.find(source)
-    return fill(model or describe(read_config(source), stored), stored, dtype=dtype, place=place)
+    if model is None:
+        model = albef.describe(stored) if albef.holds(stored) else describe(read_config(source), stored)
+    return fill(model, stored, dtype=dtype, place=place)
 
 
 def fill(model: Published, stored: dict[str, Stored], *, dtype: str = "float32", place: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Imported:
     """`load` of tensors that have been found already."""
     found = match(model, stored)
-    tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes(model))
+    kind = lambda leaf: leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.integer) else jnp.dtype(dtype)
+    tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kind(leaf)), shapes(model))
     sharding = place(tree) if place else jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), tree)
     flat, where = (flax.traverse_util.flatten_dict(t, sep="/") for t in (tree, sharding))
     # The largest tensor first: a tensor lies in host memory twice while it is copied, which costs least while nothing else does.
@@ -142,13 +145,24 @@ def save(path: Path, model: Published, params: dict[str, Any], *, layout: Layout
     lost = set(flat) - {one.ours for one in layout.names}
     if lost:
         raise Mismatch(f"no published tensor is known for {', '.join(sorted(lost))}")
-    plan = {name: (_their_shape(parts[0][0], flat[parts[0][0].ours]), np.dtype(jnp.dtype(dtype))) for name, parts in groups.items()}
+    kind = lambda leaf: np.dtype(np.int64 if jnp.issubdtype(leaf.dtype, jnp.integer) else jnp.dtype(dtype))
+    plan = {name: (_their_shape(parts[0][0], flat[parts[0][0].ours]), kind(flat[parts[0][0].ours])) for name, parts in groups.items()}
+    named = lambda pair: (pair[0].replace("{p}", prefix), pair[1].replace("{p}", prefix))
+    # A copy belongs to a head, which the model has where something else of it is written.
+    beside = lambda name: any(other.startswith(name.rpartition("decoder.")[0]) for other in groups)
+    copies = {theirs: original for theirs, original in map(named, layout.copies) if layout.repeats and beside(theirs)}
+    counts = {theirs: plan[other][0][0] for theirs, other in map(named, layout.counts) if other in plan}
+    plan |= {theirs: plan[original] for theirs, original in copies.items()} | {theirs: ((1, n), np.dtype(np.int64)) for theirs, n in counts.items()}
 
     def stream() -> Iterator[tuple[str, np.ndarray]]:
         for name, parts in groups.items():
             parts = sorted(parts, key=lambda part: part[0].part)
             values = [one.transform.theirs(np.asarray(flat[one.ours] if layer is None else flat[one.ours][layer])) for one, layer in parts]
-            yield name, np.asarray(np.concatenate(values) if len(values) > 1 else values[0]).astype(plan[name][1])
+            value = np.asarray(np.concatenate(values) if len(values) > 1 else values[0]).astype(plan[name][1])
+            for each in (name, *(theirs for theirs, original in copies.items() if original == name)):
+                yield each, value
+        for name, n in counts.items():
+            yield name, np.arange(n)[None]
 
     tensors.write(path, plan, stream())
 
@@ -172,6 +186,7 @@ def layouts_of(model: Published) -> tuple[Layout, ...]:
     return layouts(
         model.family, gated=bool(model.image and model.image.gated), tied=model.head != "mlm",
         heads=text.heads if text else 1, kv_heads=(text.kv_heads or text.heads) if text else 1,
+        depth=text.depth if text else 0,
     )  # fmt: skip
 
 
@@ -188,7 +203,7 @@ def _stacked(one: Name) -> bool:
 def _theirs(one: Name, prefix: str, leaf: Any) -> list[str]:
     """The published names of one of our leaves, one a layer."""
     name = one.theirs.replace("{p}", prefix)
-    return [name.replace("{i}", str(layer)) for layer in range(leaf.shape[0])] if _stacked(one) else [name]
+    return [name.replace("{i}", str(one.first + layer)) for layer in range(leaf.shape[0])] if _stacked(one) else [name]
 
 
 def _their_shape(one: Name, leaf: Any) -> tuple[int, ...]:

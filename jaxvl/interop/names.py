@@ -1,7 +1,7 @@
 """Which of our parameters is which published tensor, and how its layout differs: tables read in both directions.
 
-Ours are paths in {"image": Vit, "text": Text, "lm_head", "mlm", "t", "b"}; `{i}` in a published name is the layer, which
-for us is the leading axis of everything below `blocks`. `{p}` is a prefix that a file has or has not (`bert.`).
+Ours are paths in {"image": Vit, "text": Text, "lm_head", "mlm", "t", "b"}, and what ALBEF has besides; `{i}` in a published name
+is the layer, which for us is the leading axis of everything below `blocks`. `{p}` is a prefix that a file has or has not (`bert.`).
 A table may name more than a model has; what a model's options leave out is not asked for.
 """
 from collections.abc import Callable
@@ -25,13 +25,17 @@ BARE = Transform(lambda x: x[None], lambda x: x[0])  # ours has
 
 
 class Name(NamedTuple):
-    """One of our leaves and its tensor, or its share of a tensor that holds several, stacked along their first axis."""
+    """One of our leaves and its tensor, or its share of a tensor that holds several, stacked along their first axis.
+
+    first: what our layer 0 is called in theirs.
+    """
 
     ours: str
     theirs: str
     transform: Transform = SAME
     part: int = 0
     parts: int = 1
+    first: int = 0
 
 
 class Layout(NamedTuple):
@@ -43,6 +47,8 @@ class Layout(NamedTuple):
     copies: tuple[tuple[str, str], ...] = ()  # (theirs, theirs): may be present, and then equals the other where ours is tied
     unread: tuple[str, ...] = ()  # patterns of tensors that are no weights of ours: buffers, heads of other tasks
     files_only: bool = False  # transformers 5 reads files with these names into modules of other names
+    counts: tuple[tuple[str, str], ...] = ()  # (theirs, theirs): buffers [1, n] of 0, 1, ... that files hold, for n rows of the other
+    repeats: bool = False  # whether files hold the copies
 
 
 def linear(ours: str, theirs: str) -> list[Name]:
@@ -148,6 +154,7 @@ def original(gated: bool) -> Layout:
 
 
 _B = "{p}encoder.layer.{i}"
+BERT_TIES = (("cls.predictions.decoder.weight", "{p}embeddings.word_embeddings.weight"), ("cls.predictions.decoder.bias", "cls.predictions.bias"))
 BERT = Layout(
     (
         Name("text/embed", "{p}embeddings.word_embeddings.weight"),
@@ -166,7 +173,7 @@ BERT = Layout(
     ),
     prefixes=("", "bert."),
     renames=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
-    copies=(("cls.predictions.decoder.weight", "{p}embeddings.word_embeddings.weight"), ("cls.predictions.decoder.bias", "cls.predictions.bias")),
+    copies=BERT_TIES,
     unread=(r"embeddings\.position_ids$", r"^cls\.seq_relationship\."),
 )
 # With a decoder of its own the head adds the decoder's bias, and the file's other bias is read by nothing.
@@ -313,9 +320,55 @@ def llama_original(heads: int, kv_heads: int) -> Layout:
     )  # fmt: skip
 
 
-def layouts(family: str, *, gated: bool, tied: bool, heads: int, kv_heads: int) -> tuple[Layout, ...]:
-    """Every layout a family is published in; the first is the one to export."""
+def _albef(ours: str, m: str, depth: int) -> list[Name]:
+    """Student (m "") or teacher (m "_m"): a BERT whose layers from `depth` on are our fusion layers, and a ViT."""
+    text = f"text_encoder{m}."
+    layers = [name for name in BERT.names if name.ours.startswith("text/blocks/")]
+    cross = [
+        *attention("fusion/blocks/cross", *(f"{_B}.crossattention.{x}" for x in ("self.query", "self.key", "self.value", "output.dense"))),
+        *norm("fusion/blocks/cross_norm", f"{_B}.crossattention.output.LayerNorm"),
+    ]
+    upper = [name._replace(ours=name.ours.replace("text/", "fusion/")) for name in layers] + cross
+    names = [
+        *(name._replace(theirs=f"visual_encoder{m}.{name.theirs}") for name in original(False).names),
+        *(name._replace(theirs=text + name.theirs) for name in BERT.names),
+        *(name._replace(theirs=text + name.theirs, first=depth) for name in upper),
+        *linear("image_proj", f"vision_proj{m}"),
+        *linear("text_proj", f"text_proj{m}"),
+    ]
+    return [name._replace(ours=ours + name.ours) for name in names]
+
+
+def albef(depth: int) -> Layout:
+    """ALBEF's and TCL's own names, of pre-training (text_encoder.bert.) and of retrieval, for `depth` text layers below the fusion layers.
+
+    Their queues are [width, entry], ours [entry, width].
+    """
+    sides = ("text_encoder.", "text_encoder_m.")
+    return Layout(
+        (
+            *_albef("", "", depth),
+            *_albef("teacher/", "_m", depth),
+            *linear("itm", "itm_head"),
+            Name("temperature", "temp"),
+            Name("image_queue", "image_queue", LINEAR),
+            Name("text_queue", "text_queue", LINEAR),
+            Name("id_queue", "idx_queue", LEAD),
+            Name("pointer", "queue_ptr", LEAD),
+        ),
+        prefixes=("", "bert."),
+        renames=((r"^module\.", ""),),
+        copies=tuple((s + a, s + b) for s in sides for a, b in BERT_TIES),
+        unread=(r"embeddings\.position_ids$",),
+        counts=tuple((s + "{p}embeddings.position_ids", s + "{p}embeddings.position_embeddings.weight") for s in sides),
+        repeats=True,
+    )
+
+
+def layouts(family: str, *, gated: bool, tied: bool, heads: int, kv_heads: int, depth: int = 0) -> tuple[Layout, ...]:
+    """Every layout a family is published in; the first is the one to export. depth: of the text tower."""
     return {
+        "albef": (albef(depth),),
         "vit": (*VIT, original(gated)),
         "dinov2": dinov2(gated),
         "bert": (BERT if tied else BERT_UNTIED,),

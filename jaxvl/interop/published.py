@@ -6,10 +6,21 @@ import jax
 import jax.numpy as jnp
 
 from jaxvl.interop.positions import Method
-from jaxvl.models.fusion import LmHead, MlmHead
+from jaxvl.models.fusion import Fusion, LmHead, MlmHead
 from jaxvl.models.parts import Act
 from jaxvl.models.text import Text, TextOptions
 from jaxvl.models.vit import Vit, VitOptions
+
+
+class Fused(NamedTuple):
+    """What files of the ALBEF family hold besides the towers of the student. width: of the joint space."""
+
+    fusion_depth: int
+    width: int
+    itm: bool = True
+    teacher: bool = True
+    queue: int = 0  # entries; 0 where there are none
+    ids: bool = False  # whether the queue's images have ids
 
 
 class Published(NamedTuple):
@@ -22,7 +33,8 @@ class Published(NamedTuple):
     channels: int = 3
     positions: Method = "bicubic"  # how its own code resizes them
     head: str = "none"  # on the text tower: none | lm | lm_tied | mlm | mlm_tied
-    scalars: tuple[str, ...] = ()  # of "t" (log scale) and "b" (bias) of a dual encoder
+    scalars: tuple[str, ...] = ()  # of "t" (log scale), "b" (bias) and "temperature"
+    fused: Fused | None = None
 
 
 class ConfigError(ValueError):
@@ -94,7 +106,32 @@ def shapes(model: Published) -> dict[str, Any]:
         "mlm": (states, table),
     }
     tree = {name: jax.eval_shape(module.init, jax.random.key(0), *inputs[name])["params"] for name, module in parts(model).items()}
-    return {**tree, **{name: jax.ShapeDtypeStruct((), jnp.float32) for name in model.scalars}}
+    tree |= {name: jax.ShapeDtypeStruct((), jnp.float32) for name in model.scalars}
+    return tree | _fused(model, tree) if model.fused else tree
+
+
+def _fused(model: Published, tree: dict[str, Any]) -> dict[str, Any]:
+    """What files of the ALBEF family hold besides the towers and heads in `tree`; the teacher copies all but the temperature."""
+    image, text, fused = model.image, model.text, model.fused
+    assert image and text and fused
+    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    linear = lambda inputs, outputs: {"kernel": array(inputs, outputs), "bias": array(outputs)}
+    fusion = Fusion(text._replace(depth=fused.fusion_depth))
+    inputs = array(1, 1, text.width), None, array(1, 1, image.width)
+    out: dict[str, Any] = {
+        "fusion": jax.eval_shape(fusion.init, jax.random.key(0), *inputs)["params"],
+        "image_proj": linear(image.width, fused.width), "text_proj": linear(text.width, fused.width),
+    }  # fmt: skip
+    teacher = {k: v for k, v in {**tree, **out}.items() if k not in model.scalars}
+    if fused.itm:
+        out["itm"] = linear(text.width, 2)
+    if fused.teacher:
+        out["teacher"] = teacher
+    if fused.queue:
+        out |= {name: array(fused.queue, fused.width) for name in ("image_queue", "text_queue")} | {"pointer": array(dtype=jnp.int32)}
+    if fused.ids:
+        out["id_queue"] = array(fused.queue, dtype=jnp.int32)
+    return out
 
 
 def _has(names: Collection[str], end: str) -> bool:

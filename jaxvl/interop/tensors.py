@@ -18,6 +18,10 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # bytes, as in the format's own reader
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+_PICKLE = """{0} is a PyTorch pickle, which could run any code and is not opened here. Where torch is, convert it:
+  import torch, safetensors.torch; state = torch.load("{0}", map_location="cpu", weights_only=True)
+  safetensors.torch.save_file({{k: v.clone() for k, v in state.get("model", state).items()}}, "{1}")"""
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -59,6 +63,8 @@ def find(source: str | Path) -> dict[str, Stored]:
         path = found[0]
     if not path.is_file():
         raise FileError(f"{path} does not exist")
+    if path.suffix in PICKLES:
+        raise FileError(_PICKLE.format(path, path.with_suffix(".safetensors")))
     if path.suffix != ".json":
         return _header(path)
     try:
