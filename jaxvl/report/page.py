@@ -21,6 +21,14 @@ from jaxvl.report.summary import KEPT_OUT, WAYS, finals, last_line, number, reca
 
 MOST_SHARDS = 40  # rows of the table of bad samples
 CAPTION = 160  # characters of a caption shown
+CODES = {  # what the metrics "codes/..." tell, by the name before _image and _text: title, unit, whether it is drawn from 0
+    "usage_entropy": ("Codes used alike by the students", "entropy / log K", True),
+    "dead": ("Codes below a tenth of an equal share", "codes", True),
+    "agreement": ("Image and text with the same strongest code", "%", True),
+    "target_entropy": ("Spread of one sample over codes", "entropy / log K", True),
+    "nearest": ("Nearest code", "cosine", False),
+    "row_error": ("Error of the plan's row sums", "largest, in shares", True),
+}
 
 
 def save_galleries(folder: Path, step: int, galleries: Sequence[Gallery]) -> None:
@@ -52,6 +60,7 @@ def write_report(workdir: str | Path) -> Path:
     sections = (
         _head(name, facts, rows, sessions),
         _curves(rows),
+        _codes(rows),
         "".join(_gallery(title, step, queries) for title, (step, queries) in galleries.items()),
         _speed(rows, sessions),
         section("Final metrics", _metrics_table(rows)),
@@ -131,7 +140,7 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
                     )
                 )
         charts.append(plots.lines(f"Recall {evaluation}".strip(), series, unit="%", zero=True))
-    own = [n for n in names if not recalls({n: 0.0}) and not n.startswith(("time/", "samples_per_s"))]
+    own = [n for n in names if not recalls({n: 0.0}) and not n.startswith(("time/", "samples_per_s", "codes/"))]
     small = []
     for i, name in enumerate(n for n in own if n not in (*KEPT_OUT, "loss", "mfu")):
         at_x, y = _column(rows, name)
@@ -139,6 +148,21 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
             plots.lines(name.replace("_", " "), [plots.Series(name, at_x, y, 1 + i % 5)], width=380, height=180)
         )
     return section("Curves", grid(charts) + grid(small, "small"))
+
+
+def _codes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How a codebook is used, image and text in one chart."""
+    charts = []
+    for name, (title, unit, zero) in CODES.items():
+        series = []
+        for view, colour, dash in (("image", 0, ""), ("text", 1, "6 4"), ("", 2, "")):
+            x, y = _column(rows, f"codes/{name}_{view}".rstrip("_"))
+            if x:
+                scaled = [100 * v for v in y] if unit == "%" else y
+                series.append(plots.Series(view or name, x, scaled, colour, dash=dash))
+        if series:
+            charts.append(plots.lines(title, series, unit=unit, zero=zero, width=380, height=180))
+    return section("Codebook", grid(charts, "small"))
 
 
 def _speed(rows: Sequence[Mapping[str, Any]], sessions: Sequence[Session]) -> str:

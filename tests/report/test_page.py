@@ -5,11 +5,13 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from jaxvl.gallery import Gallery, Hit, Query
-from jaxvl.report import goodput, metrics
+from jaxvl.losses.codebook import usage
+from jaxvl.report import goodput, metrics, page
 from jaxvl.report.page import save_galleries, write_report
 
 
@@ -91,28 +93,28 @@ class Reader(html.parser.HTMLParser):
 
 def test_the_page_is_whole_alone_and_escaped(workdir):
     text = write_report(workdir).read_text()
-    page = Reader(text)
-    assert "script" not in {tag for tag, _ in page.tags}
-    links = [v for _, attrs in page.tags for k, v in attrs.items() if k in ("src", "href", "xlink:href")]
+    seen = Reader(text)
+    assert "script" not in {tag for tag, _ in seen.tags}
+    links = [v for _, attrs in seen.tags for k, v in attrs.items() if k in ("src", "href", "xlink:href")]
     assert links and all(link.startswith("data:image/png;base64,") for link in links)
     assert "http" not in text and "url(" not in text
-    words = " ".join(page.words)
+    words = " ".join(seen.words)
     assert "<script>alert('x')</script> & \"quoted\" 漢字" in words and "\x00" not in text
     assert "seed: <0>" in words and "8 x cpu" in words and "jax 1.2" in words
     assert "image-to-text R@1 80.0 %, text-to-image R@1 40.0 %" in words
 
 
 def test_galleries_show_pictures_signs_and_the_answer(workdir):
-    page = Reader(write_report(workdir).read_text())
-    pictures = [base64.b64decode(attrs["src"].partition(",")[2]) for tag, attrs in page.tags if tag == "img"]
+    seen = Reader(write_report(workdir).read_text())
+    pictures = [base64.b64decode(attrs["src"].partition(",")[2]) for tag, attrs in seen.tags if tag == "img"]
     assert pictures == [
         png(10),
         png(20),
         png(30),
     ]  # the newest gallery of a title, and a right answer where no hit is right
-    signs = [attrs["aria-label"] for tag, attrs in page.tags if attrs.get("aria-label") in ("right", "wrong")]
+    signs = [attrs["aria-label"] for tag, attrs in seen.tags if attrs.get("aria-label") in ("right", "wrong")]
     assert signs == ["right", "wrong", "wrong"]
-    assert "a right one: rank 42" in " ".join(page.words)
+    assert "a right one: rank 42" in " ".join(seen.words)
 
 
 def test_tables_add_up(workdir):
@@ -135,6 +137,25 @@ def test_curves_and_goodput_are_there(workdir):
         "MFU, %",
     ]
     assert "Goodput 90.0 % of 1:40" in text and "evaluation: 10.0 % (0:10)" in text
+
+
+def test_a_codebook_has_its_charts(workdir):
+    """Every number that the loss of a codebook logs is drawn, image and text together, and none a second time."""
+    views = np.zeros((2, 4, 6))
+    names = list(usage(views, views - np.log(6), views + 1 / 24))
+    writer = metrics.jsonl_writer(workdir / "metrics.jsonl")
+    for step in (9, 10):
+        writer.write(step, {"samples": 8 * step, "epoch": step / 4, "loss": 1.0, **dict.fromkeys(names, step / 20)})
+    writer.close()
+    text = write_report(workdir).read_text()
+    section = text.partition("<h2>Codebook</h2>")[2].partition("</section>")[0]
+    charts = section.split("<figure>")[1:]
+    assert len(charts) == len(page.CODES) == len({re.sub("_(image|text)$", "", name) for name in names})
+    for chart in charts:
+        assert chart.count("<polyline") + chart.count("<line class=\"line") >= (1 if "strongest" in chart else 2)
+        assert ("<span>" in chart and "text" in chart) or "strongest" in chart
+    assert "agreement: 50 %" in section
+    assert "codes/" not in text.partition("<h2>Curves</h2>")[2].partition("</section>")[0]
 
 
 def test_remade_from_a_copy_of_the_workdir(workdir, tmp_path):
