@@ -20,22 +20,27 @@ class OptimOptions(NamedTuple):
 
     learning_rate: peak, reached after `warmup_steps` of linear warm-up. schedule: what follows until the last step;
     `end_factor` is the final fraction of the peak (cosine, linear). `rsqrt` decays as sqrt(timescale / step) and cools down
-    linearly over the last `cooldown_steps`.
+    linearly over the last `cooldown_steps`. `step` multiplies the rate by `step_factor` every `step_every` steps.
     weight_decay: decoupled, on leaves whose path matches `decay`. groups: (pattern, learning-rate factor) pairs, first match wins;
     factor 0 freezes the leaves and keeps no optimiser state for them. unlock: (pattern, n) pairs; of a tower whose leaves match,
     only the top n layers and what follows them train. layer_decay: (pattern, decay) pairs; the rate of a tower's layer is
     multiplied by decay once for every layer from there to the top, and that of its embeddings once more (Clark et al. 2020,
-    Bao et al. 2021). A locked tower (Zhai et al. 2022, LiT) is the group ("^image/", 0.0). clip_norm: global gradient norm, 0 = off.
+    Bao et al. 2021). A locked tower (Zhai et al. 2022, LiT) is the group ("^image/", 0.0). hold: (pattern, n) pairs, first match wins;
+    leaves that match stand still, without decay, for the first n steps, and their optimiser begins to count at step n. lazy: patterns of
+    tables [row, ...] of which a step moves only the rows whose gradient is not zero; see `lazily`. clip_norm: global gradient norm,
+    clip_value: of each number of the gradient, before the norm; 0 = off.
     ema_decay: exponential moving average of the parameters, 0 = off. moment_dtype: storage of the first moment.
     """
 
     name: Literal["adamw", "lion"] = "adamw"
     learning_rate: float = 1e-3
-    schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "rsqrt", "constant", "step"] = "cosine"
     warmup_steps: int = 0
     end_factor: float = 0.0
     timescale: int = 10_000
     cooldown_steps: int = 0
+    step_every: int = 0
+    step_factor: float = 0.5
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-6
@@ -44,7 +49,10 @@ class OptimOptions(NamedTuple):
     groups: tuple[tuple[str, float], ...] = ()
     unlock: tuple[tuple[str, int], ...] = ()
     layer_decay: tuple[tuple[str, float], ...] = ()
+    hold: tuple[tuple[str, int], ...] = ()
+    lazy: tuple[str, ...] = ()
     clip_norm: float = 1.0
+    clip_value: float = 0.0
     ema_decay: float = 0.0
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -52,14 +60,18 @@ class OptimOptions(NamedTuple):
 def check(options: OptimOptions, steps: int) -> None:
     """Raises ValueError naming the key, its value and what would be right."""
     for key, low, high in (("learning_rate", 0, None), ("warmup_steps", 0, steps - 1), ("cooldown_steps", 0, steps), ("end_factor", 0, 1), ("timescale", 1, None),
-                           ("b1", 0, 1), ("b2", 0, 1), ("weight_decay", 0, None), ("clip_norm", 0, None), ("ema_decay", 0, 1)):  # fmt: skip
+                           ("b1", 0, 1), ("b2", 0, 1), ("weight_decay", 0, None), ("clip_norm", 0, None), ("clip_value", 0, None),
+                           ("step_every", int(options.schedule == "step"), None), ("step_factor", 0, 1), ("ema_decay", 0, 1)):  # fmt: skip
         value = getattr(options, key)
         if value < low or (high is not None and value > high):
             raise ValueError(f"config.optim.{key} is {value}; it must be at least {low}" + (f" and at most {high}" if high is not None else ""))
     for pattern, decay in options.layer_decay:
         if not 0 < decay <= 1:
             raise ValueError(f"config.optim.layer_decay of {pattern!r} is {decay}; it must be above 0 and at most 1")
-    for pattern in (options.decay, *(p for p, _ in (*options.groups, *options.unlock, *options.layer_decay))):
+    for pattern, held in options.hold:
+        if held < 0:
+            raise ValueError(f"config.optim.hold of {pattern!r} is {held}; it must be a number of steps, at least 0")
+    for pattern in (options.decay, *options.lazy, *(p for p, _ in (*options.groups, *options.unlock, *options.layer_decay, *options.hold))):
         try:
             re.compile(pattern)
         except re.error as error:
@@ -74,6 +86,8 @@ def learning_rate(options: OptimOptions, steps: int) -> Schedule:
         decay: Schedule = optax.cosine_decay_schedule(peak, after, options.end_factor)
     elif options.schedule == "linear":
         decay = optax.linear_schedule(peak, peak * options.end_factor, after)
+    elif options.schedule == "step":
+        decay = lambda step: peak * options.step_factor ** (step // options.step_every)
     elif options.schedule == "constant":
         decay = optax.constant_schedule(peak)
     else:
@@ -130,7 +144,7 @@ def make_optimizer(options: OptimOptions, params: Any, steps: int) -> optax.Grad
     """
     check(options, steps)
     by_group = factors(options, params)
-    moment = jnp.dtype(options.moment_dtype)
+    moment = jnp.dtype(options.moment_dtype) if options.moment_dtype != "float32" else None  # None: as the parameters, which are float32
     direction = {
         "adamw": lambda: optax.scale_by_adam(options.b1, options.b2, options.eps, mu_dtype=moment),
         "lion": lambda: optax.scale_by_lion(options.b1, options.b2, mu_dtype=moment),
@@ -139,14 +153,90 @@ def make_optimizer(options: OptimOptions, params: Any, steps: int) -> optax.Grad
     scale = optax.GradientTransformation(
         lambda _: optax.EmptyState(), lambda updates, state, _=None: (jax.tree.map(lambda u, f: u * f, updates, by_group), state)
     )
-    moving = optax.chain(
+    rate = learning_rate(options, steps)
+    moving_from = lambda start: optax.chain(
         direction,
         optax.add_decayed_weights(options.weight_decay, mask=decayed) if options.weight_decay else optax.identity(),
-        optax.scale_by_learning_rate(learning_rate(options, steps)),
+        optax.scale_by_learning_rate(lambda step: rate(step + start)),
     )
+    moving = _held(moving_from, _matching(params, "hold", options.hold, 0)) if options.hold else moving_from(0)
     moving = _without_still(moving, jax.tree.map(lambda f: int(np.sum(f == 0)) if np.ndim(f) else bool(f == 0), by_group))
-    clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
-    return optax.chain(clip, moving, scale)
+    if options.lazy:
+        moving = lazily(moving, _matching(params, "lazy", [(pattern, True) for pattern in options.lazy], False))
+    clips = [clip(bound) for clip, bound in ((optax.clip, options.clip_value), (optax.clip_by_global_norm, options.clip_norm)) if bound]
+    return optax.chain(*clips, moving, scale)
+
+
+def _matching(params: Any, key: str, pairs: Any, otherwise: Any) -> Any:
+    """The value of the first pattern that a leaf's path matches. Raises ValueError for a pattern that matches nothing."""
+    names = [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern, _ in pairs:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(f"config.optim.{key}: {pattern!r} matches no parameter; paths look like {', '.join(names[:3])}")
+    find = lambda path, _: next((value for pattern, value in pairs if re.search(pattern, path_str(path))), otherwise)
+    return jax.tree_util.tree_map_with_path(find, params)
+
+
+class _HeldState(NamedTuple):
+    count: jax.Array  # type: ignore[assignment]  # under this name state.py finds it
+    inner: dict[int, Any]  # by first step
+
+
+def _held(make: Callable[[int], optax.GradientTransformation], starts: Any) -> optax.GradientTransformation:
+    """`make(n)` for the leaves whose first step is n, asleep until then: no update, and a state that has seen nothing.
+
+    The gradient of a sleeping leaf is dropped here, after the clipping; where a global norm is clipped it has counted in it.
+    """
+    transforms = {n: make(n) for n in sorted(set(jax.tree.leaves(starts)))}
+    only = lambda n, tree: jax.tree.map(lambda start, x: x if start == n else optax.MaskedNode(), starts, tree)
+
+    def init(params: Any) -> _HeldState:
+        return _HeldState(jnp.zeros((), jnp.int32), {n: tx.init(only(n, params)) for n, tx in transforms.items()})
+
+    def update(updates: Any, state: _HeldState, params: Any) -> tuple[Any, _HeldState]:
+        out, inner = updates, {}
+        for n, tx in transforms.items():
+            moved, after = tx.update(only(n, updates), state.inner[n], only(n, params))
+            awake = state.count >= n
+            inner[n] = jax.tree.map(lambda new, old, awake=awake: jnp.where(awake, new, old), after, state.inner[n]) if n else after
+            pick = lambda start, old, new, n=n, awake=awake: (jnp.where(awake, new, 0) if n else new) if start == n else old
+            out = jax.tree.map(pick, starts, out, moved)
+        return out, _HeldState(state.count + 1, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def lazily(tx: optax.GradientTransformation, tables: Any) -> optax.GradientTransformation:
+    """`tx` that leaves rows without a gradient as they are in every table (leaf of `tables` True), values and moments both.
+
+    This departs from AdamW in three ways: the moments of a row that a step does not touch do not decay, so the row does not go on moving
+    by them; its weights do not decay in that step; and the bias correction counts the run's steps, not the row's own. What it costs is
+    one pass over table and moments, as the dense update does; what it saves is drift of rows that sampling has not drawn.
+    """
+    named = {path_str(path) for path, table in jax.tree_util.tree_leaves_with_path(tables) if table}
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        touched = {}
+        for path, g in jax.tree_util.tree_leaves_with_path(updates):
+            if path_str(path) in named:
+                touched[path_str(path)] = jnp.any(g != 0, axis=tuple(range(1, g.ndim)), keepdims=True)
+        moved, after = tx.update(updates, state, params)
+
+        def only_touched(path: Any, new: jax.Array, old: jax.Array) -> jax.Array:
+            name = path_str(path)
+            table = next((t for t in named if name == t or name.endswith("/" + t)), None)
+            return new if table is None or new.ndim != touched[table].ndim else jnp.where(touched[table], new, old)
+
+        moved = jax.tree_util.tree_map_with_path(lambda path, u: only_touched(path, u, jnp.zeros_like(u)), moved)
+        return moved, jax.tree_util.tree_map_with_path(only_touched, after, state)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def forget(state: Any, pattern: str, when: jax.Array) -> Any:
+    """An optimiser state whose moments of the leaves that match are zero where `when`."""
+    pick = lambda path, x: jnp.where(when, jnp.zeros_like(x), x) if re.search(r"(^|/)" + pattern, path_str(path)) else x
+    return jax.tree_util.tree_map_with_path(pick, state)
 
 
 def _without_still(tx: optax.GradientTransformation, still: Any) -> optax.GradientTransformation:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity import codis, hf, jvsm, metrics, tcl_eval
+from tests.parity import codis, hf, hpl, jvsm, metrics, tcl_eval
 from tests.parity.case import Case, Check
 
 FAMILIES: dict[str, dict[str, Check]] = {
     "codis": codis.CHECKS,
     "hf": hf.CHECKS,
     "jvsm": jvsm.CHECKS,
+    "hpl": hpl.CHECKS,
     "metrics": metrics.CHECKS,
     "tcl": tcl_eval.CHECKS,
 }
