@@ -170,9 +170,10 @@ def microbatches(batch_size: int, devices: int) -> int:
 
 
 def tokenizer(recipe: Recipe) -> Any:
-    """The tokenizer of a recipe; of one that a run would train, only the sizes."""
+    """The tokenizer of a recipe; of one that a run would train, and where the config tells the vocabulary, only the sizes."""
     o = recipe.tokenizer
-    return Sizes(o.vocab_size, o.vocab_size - 1, o.vocab_size - 2, o.context_length) if o.name == "bpe" else load_tokenizer(o)
+    size = recipe.text.vocab_size or (o.vocab_size if o.name == "bpe" else 0)
+    return Sizes(size, size - 1, size - 2, o.context_length) if size else load_tokenizer(o)
 
 
 def random_batch(parts: Parts) -> dict[str, np.ndarray]:

@@ -44,7 +44,7 @@ class ImageKeysValues(nn.Module):
     @nn.compact
     def __call__(self, images) -> tuple[jax.Array, jax.Array]:
         o = resolve(self.options)
-        each = nn.scan(parts.CrossKeysValues, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=o.depth)
+        each = nn.scan(parts.CrossKeysValues, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=o.depth, unroll=1 if o.scan else o.depth)
         return each(block_options(o)._replace(cross=True), name="blocks")(None, images.astype(jnp.dtype(o.dtype)))[1]
 
 

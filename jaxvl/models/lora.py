@@ -21,7 +21,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 Rules = tuple[tuple[str, P], ...]
-FACES = ("encode", "objective", "loss", "embed_image", "embed_text", "score_pair", "compose")
+FACES = ("encode", "objective", "loss", "embed_image", "embed_text", "compose")
+PAIR_FACES = ("image_side", "text_side", "score")  # of `score_pair`
 A, B = "lora_a", "lora_b"  # the adapters' names beside the kernel, where a module looks for them
 
 
@@ -93,6 +94,8 @@ def wrap(method: Any, options: LoraOptions, frozen: Callable[[Any], Any]) -> Any
         return with_adapters
 
     faces = {name: adapted(getattr(method, name)) for name in FACES if getattr(method, name) is not None}
+    if method.score_pair is not None:
+        faces["score_pair"] = method.score_pair._replace(**{name: adapted(getattr(method.score_pair, name)) for name in PAIR_FACES})
     update = lambda memory, params, aux: method.update(memory, merge(params, options), aux)
     return method._replace(init=init, update=update, rules=(*rules(method.rules), *method.rules), **faces)
 

@@ -1,11 +1,17 @@
 """What surrounds the method in ALBEF and TCL: captions, RandAugment, position tables, ranks of re-scored candidates."""
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxvl.data import randaugment as augment, text
 from jaxvl.evals import ranking
+from jaxvl.evals.rerank import OUTSIDE
+from jaxvl.evals.streamed import streamed_top
 from jaxvl.interop.positions import resize_table
+from jaxvl.mesh import MeshOptions, make_mesh
+from jaxvl.methods.method import Method
 from tests.parity.case import Case, Check, has
 
 EXACT = ("Identity", "AutoContrast", "Equalize", "Brightness")  # table operations; the others interpolate, to within a level
@@ -56,6 +62,27 @@ def recall(case: Case) -> None:
         means[way] = recalls.mean()
         np.testing.assert_allclose(means[way], case[f"{way}_r_mean"], rtol=1e-12, err_msg=way)
     np.testing.assert_allclose((means["txt"] + means["img"]) / 2, case["r_mean"], rtol=1e-12)
+
+
+def two_stage(case: Case, method: Method, params: Any, k: int) -> None:
+    """`eval_sims`, the cosines of all pairs, and the match logits of each query's k nearest, -100 elsewhere, through the code of the evaluation."""
+    tokens = case["input_ids"].astype(np.int32)
+    np.testing.assert_array_equal(tokens != 0, case["attention_mask"] == 1)
+    images, count = jnp.asarray(case["image"].transpose(0, 2, 3, 1)), len(tokens)
+    with jax.default_matmul_precision("highest"):
+        v, t = np.asarray(jax.jit(method.embed_image)(params, images)), np.asarray(jax.jit(method.embed_text)(params, tokens))
+        np.testing.assert_allclose(v @ t.T, case["eval_sims"], atol=2e-5)
+        face = method.score_pair
+        kept, words = jax.jit(face.image_side)(params, images), jax.jit(face.text_side)(params, tokens)
+        mesh = make_mesh(MeshOptions())
+        for way, (a, b) in (("i2t", (v, t)), ("t2i", (t, v))):
+            items, _ = streamed_top(a, b, k, mesh)
+            queries = np.repeat(np.arange(count), k)
+            image, text = (queries, items.ravel()) if way == "i2t" else (items.ravel(), queries)
+            logits = jax.jit(face.score)(params, kept, jax.tree.map(lambda x: x[text], words), jnp.asarray(image)[None])  # noqa: B023
+            scores = np.full((count, count), OUTSIDE)
+            np.put_along_axis(scores, items, np.asarray(logits).reshape(count, k), 1)
+            np.testing.assert_allclose(scores, case[f"eval_score_{way}"], atol=2e-4, rtol=1e-4, err_msg=way)
 
 
 CHECKS = {
