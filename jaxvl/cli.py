@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--report", type=Path, metavar="DIR", help="only write the tables and the page of the sweep in DIR anew")
     sweep.add_argument("--workdir", type=Path, help="where the sweep lives, a folder a trial; an existing sweep continues")
     sweep.add_argument("--workers", type=int, default=1, help="trials at a time; GPUs are divided among them")
+    sweep.add_argument("--slurm", nargs="?", const="", metavar="KEY=VALUE,...", help="a Slurm job a trial, with submitit's parameters: partition=gpu,gpus_per_node=8,timeout_min=600")
     sweep.add_argument("--retry", action="store_true", help="run failed trials again")
     sweep.add_argument("--tiny", action="store_true", help="every trial shrunk to two steps of a small model on the embedded set")
 
@@ -149,7 +150,7 @@ def _sweep(args: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     if not args.workdir:
         raise ValueError("--workdir is missing: where the sweep lives")
-    return run.run(args.config, args.workdir, overrides, workers=args.workers, tiny=args.tiny, retry=args.retry)
+    return run.run(args.config, args.workdir, overrides, workers=args.workers, tiny=args.tiny, retry=args.retry, slurm=args.slurm)
 
 
 def _data(args: argparse.Namespace, _: list[str]) -> int:

@@ -6,8 +6,9 @@ when the sweep does), "done", "pruned" or "failed".
 import json
 import time
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from jaxvl import manifest
 from jaxvl.config import flat
@@ -26,7 +27,7 @@ KINDS: dict[str, type] = {kind.__name__: kind for kind in (Uniform, Integer, Cho
 
 
 class Record(NamedTuple):
-    """trial.json. reason: of a failure or an early end. seconds: of its processes so far."""
+    """trial.json. reason: of a failure or an early end. seconds: of its processes so far. job: see `scheduler.Process`."""
 
     name: str
     group: str
@@ -35,10 +36,11 @@ class Record(NamedTuple):
     status: str = "waiting"
     reason: str = ""
     seconds: float = 0.0
+    job: str = ""
 
 
-def keep_options(folder: Path, options: SweepOptions, names: Sequence[str]) -> None:
-    """Write sweep.json: what the table of results needs to know. names: of the trials in order."""
+def keep_options(folder: Path, options: SweepOptions, names: Sequence[str] | None) -> None:
+    """Write sweep.json: what the table of results needs to know. names: of the trials in order, None where a study makes them as it goes."""
     body = options._asdict() | {"space": {k: [type(d).__name__, *d] for k, d in options.space.items()}}
     write_atomic(folder / "sweep.json", json.dumps({"options": body, "trials": names}, indent=1, default=str))
 
@@ -51,7 +53,8 @@ def read_options(folder: Path) -> tuple[SweepOptions, list[str]]:
     body = json.loads(path.read_text())
     plain = body["options"]
     space = {k: KINDS[kind](*rest) for k, (kind, *rest) in plain["space"].items()}
-    return SweepOptions(**plain | {"space": space, "also": tuple(plain["also"]), "seeds": tuple(plain["seeds"])}), body["trials"]
+    names = body["trials"] if body["trials"] is not None else sorted(path.parent.name for path in folder.glob("*/trial.json"))
+    return SweepOptions(**plain | {"space": space, "also": tuple(plain["also"]), "seeds": tuple(plain["seeds"])}), names
 
 
 def read_record(folder: Path, name: str) -> Record:
@@ -79,7 +82,7 @@ def prepare(folder: Path, trial: Trial, *, retry: bool) -> Record:
         old = read_record(folder, trial.name)
         if old.status != "waiting":
             _same(own, trial)
-            record = record._replace(status=old.status, reason=old.reason, seconds=old.seconds)
+            record = record._replace(status=old.status, reason=old.reason, seconds=old.seconds, job=old.job)
     elif own.exists():
         raise SweepError(f"{own} exists and is no trial of a sweep; use another --workdir")
     if record.status == "running" or (record.status == "failed" and retry):
@@ -91,7 +94,7 @@ def prepare(folder: Path, trial: Trial, *, retry: bool) -> Record:
     return record
 
 
-def lock(folder: Path) -> Any:
+def lock(folder: Path) -> IO[str]:
     """Keep other sweeps out of `folder` until the returned file is closed. Raises LockedError while another has it."""
     folder.mkdir(parents=True, exist_ok=True)
     return manifest.lock(folder)
@@ -122,7 +125,17 @@ def curve(run: Path, metric: str) -> dict[int, float]:
 def evaluations(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that evaluations wrote. Reads a run that is writing: a torn last line is left out."""
     path = run / METRICS
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if not path.is_file():
+        return []
+    now = path.stat()
+    return _evaluations(path, now.st_mtime_ns, now.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _evaluations(path: Path, changed: int, size: int) -> list[dict[str, Any]]:
+    """Read once for each state of the file: pruning compares with every other trial, most of them over."""
+    del changed
+    text = path.read_bytes()[:size].decode(errors="replace")
     lines = text[: text.rfind("\n") + 1].splitlines()
     return [row for row in map(decode, (line for line in lines if '"samples"' not in line)) if "samples" not in row]
 

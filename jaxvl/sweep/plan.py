@@ -5,7 +5,7 @@ import math
 import random
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +82,12 @@ def make(base: Base, name: str, group: str, seed: int | None, overrides: Mapping
             known = ", ".join(recipe.evals) or "none: config.evals is empty"
             raise SweepError(f"trial {name!r} has no evaluation {metric.partition('/')[0]!r} to give the metric {metric!r}; its evaluations: {known}")
     return Trial(name, group, seed, dict(overrides), shrink(config) if base.tiny else config)
+
+
+def lengths(trials: Sequence[Trial]) -> Callable[[str], int]:
+    """Steps of each trial by name; 1 for all where one counts in epochs, whose steps are known only when its data is open."""
+    steps = {trial.name: trial.config.train.steps for trial in trials}
+    return lambda name: steps[name] if all(steps.values()) else 1
 
 
 def draw(options: SweepOptions, index: int) -> dict[str, Any]:
