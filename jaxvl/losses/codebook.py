@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from jaxvl.losses import transport
+from jaxvl.losses.pairs import dot, unit
 
 IMAGE, TEXT = 0, 1  # places on the axis of views
 
@@ -60,15 +61,9 @@ class CodebookTerms(NamedTuple):
     i2p: jax.Array
 
 
-def direction(x: jax.Array) -> jax.Array:
-    """Rows over their norms, in float32 or better; a zero row stays zero, and its gradient is finite."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
-
-
 def cosines(z: jax.Array, codes: jax.Array) -> jax.Array:
     """Cosines [view, sample, code] of samples [view, sample, width] and codes [code, width]; 0 for a zero row."""
-    return _split(_dot(direction(z), direction(codes)))
+    return _split(dot(unit(z), unit(codes).T))
 
 
 def assign(cosine: jax.Array, solver: Solver, queue: jax.Array | None = None, valid: jax.Array | None = None) -> jax.Array:
@@ -111,7 +106,7 @@ def row_normalised(plan: jax.Array) -> jax.Array:
 
 def log_predictions(z: jax.Array, codes: jax.Array, tau: ArrayLike) -> jax.Array:
     """log softmax over the codes [view, sample, code] of student features [view, sample, width], taken as they are."""
-    return log_softmax(_split(_dot(z.astype(jnp.promote_types(z.dtype, jnp.float32)), direction(codes))) / tau, -1)
+    return log_softmax(_split(dot(z, unit(codes).T)) / tau, -1)
 
 
 def codebook_terms(cosine: jax.Array, log_p: jax.Array, plan: jax.Array, *, normalise_rows: bool = True) -> CodebookTerms:
@@ -163,10 +158,6 @@ def _entropy(p: jax.Array) -> jax.Array:
     """Entropy over the last axis as a fraction of the largest possible; 0 where there is one code."""
     most = jnp.log(jnp.maximum(p.shape[-1], 2))
     return -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0), -1) / most
-
-
-def _dot(z: jax.Array, codes: jax.Array) -> jax.Array:
-    return jnp.einsum("vid,kd->vik", z, codes, precision="highest")
 
 
 def _beside(batch: jax.Array, queue: jax.Array) -> jax.Array:

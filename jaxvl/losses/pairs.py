@@ -1,6 +1,7 @@
 """What every loss over all pairs of an image and a text needs."""
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def check(loss: str, image: jax.Array, text: jax.Array, impl: str) -> None:
@@ -14,3 +15,9 @@ def check(loss: str, image: jax.Array, text: jax.Array, impl: str) -> None:
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """`a @ b` in full float32 or more, also where the hardware's default is less: logits are differences of large numbers."""
     return jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.promote_types(jnp.float32, jnp.result_type(a, b)))
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Rows of x divided by their norm, float32 or wider; a zero row stays zero and its gradient is finite."""
+    x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+    return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))

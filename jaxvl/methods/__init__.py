@@ -21,6 +21,7 @@ class Choice(NamedTuple):
 
 METHODS = {
     "clip": Choice("jaxvl.methods.clip", "ClipOptions"),
+    "codis": Choice("jaxvl.methods.codis", "CodisOptions"),
     "siglip": Choice("jaxvl.methods.siglip", "SiglipOptions"),
     "tcl": Choice("jaxvl.methods.tcl", "TclOptions"),
 }

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec
+
+from jaxvl.losses.pairs import unit as unit
 
 Batch = dict[str, jax.Array]
 
@@ -84,12 +85,6 @@ def unchanged(memory: Any, params: Any, aux: dict) -> Any:
     """`Method.update` of a method that remembers nothing from step to step."""
     del params, aux
     return memory
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """Rows of x divided by their norm, float32; a zero row stays zero and its gradient is finite."""
-    x = x.astype(jnp.float32)
-    return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
