@@ -1,5 +1,6 @@
 """Optimisers, schedules, parameter groups and clipping, all on optax."""
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -19,8 +20,11 @@ class OptimOptions(NamedTuple):
     """How parameters move.
 
     learning_rate: peak, reached after `warmup_steps` of linear warm-up. schedule: what follows until the last step;
-    `end_factor` is the final fraction of the peak (cosine, linear). `rsqrt` decays as sqrt(timescale / step) and cools down
-    linearly over the last `cooldown_steps`. `step` multiplies the rate by `step_factor` every `step_every` steps.
+    `end_factor` is the final fraction of the peak (cosine, linear, epochs). `rsqrt` decays as sqrt(timescale / step) and cools down
+    linearly over the last `cooldown_steps`. `step` multiplies the rate by `step_factor` every `step_every` steps. `epochs` is the schedule of
+    ALBEF and TCL, see `by_epoch`: the steps are cut in `epochs` equal epochs, the warm-up starts at `warmup_from` of the peak and rises
+    every `warmup_every` steps, and where it does not fit in the first epoch it is cut off there as in their code, or with
+    `warmup_across_epochs` finished.
     weight_decay: decoupled, on leaves whose path matches `decay`. groups: (pattern, learning-rate factor) pairs, first match wins;
     factor 0 freezes the leaves and keeps no optimiser state for them. unlock: (pattern, n) pairs; of a tower whose leaves match,
     only the top n layers and what follows them train. layer_decay: (pattern, decay) pairs; the rate of a tower's layer is
@@ -34,8 +38,12 @@ class OptimOptions(NamedTuple):
 
     name: Literal["adamw", "lion"] = "adamw"
     learning_rate: float = 1e-3
-    schedule: Literal["cosine", "linear", "rsqrt", "constant", "step"] = "cosine"
+    schedule: Literal["cosine", "linear", "rsqrt", "constant", "step", "epochs"] = "cosine"
     warmup_steps: int = 0
+    epochs: int = 0
+    warmup_from: float = 0.0
+    warmup_every: int = 1
+    warmup_across_epochs: bool = False
     end_factor: float = 0.0
     timescale: int = 10_000
     cooldown_steps: int = 0
@@ -60,11 +68,14 @@ class OptimOptions(NamedTuple):
 def check(options: OptimOptions, steps: int) -> None:
     """Raises ValueError naming the key, its value and what would be right."""
     for key, low, high in (("learning_rate", 0, None), ("warmup_steps", 0, steps - 1), ("cooldown_steps", 0, steps), ("end_factor", 0, 1), ("timescale", 1, None),
+                           ("warmup_from", 0, 1), ("warmup_every", 1, None), ("epochs", 0, steps),
                            ("b1", 0, 1), ("b2", 0, 1), ("weight_decay", 0, None), ("clip_norm", 0, None), ("clip_value", 0, None),
                            ("step_every", int(options.schedule == "step"), None), ("step_factor", 0, 1), ("ema_decay", 0, 1)):  # fmt: skip
         value = getattr(options, key)
         if value < low or (high is not None and value > high):
             raise ValueError(f"config.optim.{key} is {value}; it must be at least {low}" + (f" and at most {high}" if high is not None else ""))
+    if (options.schedule == "epochs") != (options.epochs > 0):
+        raise ValueError(f"config.optim.epochs is {options.epochs} and config.optim.schedule {options.schedule!r}; the schedule 'epochs' needs their number, and no other reads it")
     for pattern, decay in options.layer_decay:
         if not 0 < decay <= 1:
             raise ValueError(f"config.optim.layer_decay of {pattern!r} is {decay}; it must be above 0 and at most 1")
@@ -88,6 +99,8 @@ def learning_rate(options: OptimOptions, steps: int) -> Schedule:
         decay = optax.linear_schedule(peak, peak * options.end_factor, after)
     elif options.schedule == "step":
         decay = lambda step: peak * options.step_factor ** (step // options.step_every)
+    elif options.schedule == "epochs":
+        return by_epoch(options, steps)
     elif options.schedule == "constant":
         decay = optax.constant_schedule(peak)
     else:
@@ -96,6 +109,29 @@ def learning_rate(options: OptimOptions, steps: int) -> Schedule:
     if options.schedule != "rsqrt" or not options.cooldown_steps:
         return joined
     return lambda step: joined(step) * jnp.clip((steps - step) / options.cooldown_steps, 0.0, 1.0)
+
+
+def by_epoch(options: OptimOptions, steps: int) -> Schedule:
+    r"""The published schedule of ALBEF and TCL, constant within an epoch but for the warm-up, which belongs to the first.
+
+    With peak p and end q = p · end_factor, epoch e ≥ 1 of E has the rate :math:`q + \tfrac12 (p - q)(1 + \cos(\pi e / E))`. Their code sets the
+    rate after a step, so that level n of the warm-up begins one step after n · warmup_every.
+    """
+    peak, end = options.learning_rate, options.learning_rate * options.end_factor
+    warmup, every, length = options.warmup_steps, options.warmup_every, max(steps // options.epochs, 1)
+    if warmup > length and not options.warmup_across_epochs:
+        warnings.warn(f"config.optim.warmup_steps is {warmup}, but an epoch has {length} steps and the warm-up ends with the first: the peak is never reached. "
+                      f"Set config.optim.warmup_across_epochs to finish it", stacklevel=2)  # fmt: skip
+
+    def schedule(step: jax.Array) -> jax.Array:
+        epoch = jnp.minimum(step // length, options.epochs - 1)
+        decayed = jnp.where(epoch > 0, end + 0.5 * (peak - end) * (1 + jnp.cos(jnp.pi * epoch / options.epochs)), peak)
+        level = jnp.clip((step - 1) // every, 0, warmup // every)
+        risen = peak * (options.warmup_from + (1 - options.warmup_from) * level / max(warmup // every, 1))
+        rising = (step <= warmup) & ((epoch == 0) | options.warmup_across_epochs)
+        return jnp.where(rising, risen, decayed) if warmup else decayed
+
+    return schedule
 
 
 def factors(options: OptimOptions, params: Any) -> Any:

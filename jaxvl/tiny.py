@@ -20,7 +20,7 @@ def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDic
         small.method.update(fusion_depth=1, queue=8 * devices, group_size=2, chunks=min(config.method.chunks, 2), mlm_cap=min(config.method.mlm_cap, 4))
     if "codes" in small.method:
         small.method.update(codes=16, ot_group=2, ipot_iterations=min(config.method.ipot_iterations, 5))
-    small.optim.update(warmup_steps=min(config.optim.warmup_steps, steps - 1, 1), cooldown_steps=min(config.optim.cooldown_steps, 1))
+    small.optim.update(warmup_steps=min(config.optim.warmup_steps, steps - 1, 1), cooldown_steps=min(config.optim.cooldown_steps, 1), epochs=min(config.optim.epochs, steps))
     small.train.update(batch_size=2 * devices * config.train.accumulate, steps=steps, epochs=0.0)
     small.mesh.update(data=-1, fsdp=min(config.mesh.fsdp, 2), tensor=min(config.mesh.tensor, 2))
     small.checkpoint.update(every=1)

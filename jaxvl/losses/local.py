@@ -39,6 +39,14 @@ def local_information(
     Reference: Yang et al., Vision-Language Pre-Training with Triple Contrastive Learning, CVPR 2022, section 3.3; Hjelm et
     al., Learning Deep Representations by Mutual Information Estimation and Maximization, ICLR 2019, equation 5.
     """
+    row, spoken = sample_losses(whole, parts, temperature, valid=valid, groups=groups)
+    return jnp.mean(row.sum(1) / jnp.maximum(spoken.sum(1), 1))
+
+
+def sample_losses(
+    whole: jax.Array, parts: jax.Array, temperature: ArrayLike, *, valid: jax.Array | None = None, groups: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """mean_p of the samples, 0 for one without parts, and which samples have any; both [group, B / group]."""
     kind = jnp.promote_types(jnp.float32, whole.dtype)
     B, P, D = parts.shape
     G, n = groups, B // groups
@@ -53,8 +61,7 @@ def local_information(
     each = jnp.where(counted, jnp.logaddexp(positive, negative[:, :, None]) - positive, 0)
 
     many = counted.sum(2)
-    row = each.sum(2) / jnp.maximum(many, 1)
-    return jnp.mean(row.sum(1) / jnp.maximum((many > 0).sum(1), 1))
+    return each.sum(2) / jnp.maximum(many, 1), many > 0
 
 
 def pool_grid(tokens: jax.Array, grid: tuple[int, int], side: int) -> jax.Array:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity import codis, hf, hpl, jvsm, metrics, tcl_eval
+from tests.parity import codis, hf, hpl, jvsm, metrics, tcl, tcl_eval
 from tests.parity.case import Case, Check
 
 FAMILIES: dict[str, dict[str, Check]] = {
@@ -16,7 +16,7 @@ FAMILIES: dict[str, dict[str, Check]] = {
     "jvsm": jvsm.CHECKS,
     "hpl": hpl.CHECKS,
     "metrics": metrics.CHECKS,
-    "tcl": tcl_eval.CHECKS,
+    "tcl": {**tcl.CHECKS, **tcl_eval.CHECKS},
 }
 FOLDER = Path(os.environ.get("JAXVL_PARITY_DIR") or Path(__file__).parent.parent / "fixtures" / "parity")
 
