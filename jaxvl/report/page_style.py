@@ -47,6 +47,6 @@ border-style:dashed}
 img{display:block;min-width:72px;max-width:112px;max-height:112px;border-radius:5px;background:#fff}q{quotes:none;
 display:-webkit-box;-webkit-line-clamp:7;-webkit-box-orient:vertical;overflow:hidden}
 .tables{display:flex;flex-wrap:wrap;gap:12px 60px}
-pre{overflow-x:auto;font-size:13px}footer{color:var(--soft);padding:0 22px}summary{cursor:pointer}
+a{color:var(--c0)}pre{overflow-x:auto;font-size:13px}footer{color:var(--soft);padding:0 22px}summary{cursor:pointer}
 @media(max-width:640px){.query{flex-direction:column}.asked{flex:none}}
 """

@@ -58,17 +58,24 @@ def _table(folder: Path, found: Found) -> str:
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in (*head, "runs"))
     lines = []
     for row, cells in zip(found.rows, body, strict=True):
-        links = " ".join(_link(folder, r, "report" if len(row.results) == 1 else str(r.record.seed)) for r in row.results)
+        links = " ".join(_link(folder, r) for r in row.results)
         lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + f"<td>{links}</td></tr>")
-    note = "Over seeds: mean (lowest..highest) of the trials that are done. In brackets: where trials that are not done stood."
+    notes = (
+        ("Over seeds: mean (lowest..highest) of the trials that are done. ", len(found.options.seeds) > 1),
+        ("In brackets: where trials stood that are not done.", any(r.values and r.record.status != "done" for r in found.results())),
+    )
+    note = "".join(words for words, due in notes if due)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div><p>{note}</p>'
 
 
-def _link(folder: Path, result: Result, word: str) -> str:
-    """To the report of a trial, or to its log where it has none yet."""
+def _link(folder: Path, result: Result) -> str:
+    """To the report of a trial, to its log where it has none yet, nowhere before it has begun. Seeds are told apart by their number."""
     name = result.record.name
-    file = next((f for f in ("report.html", LOG) if (folder / name / f).is_file()), None)
-    return f'<a href="{quote(f"{name}/{file}")}">{html.escape(word if file != LOG else f"{word} (log)")}</a>' if file else html.escape(word)
+    for file, word in (("report.html", "report"), (LOG, "log")):
+        if (folder / name / file).is_file():
+            seed = "" if result.record.seed is None else f" {result.record.seed}"
+            return f'<a href="{quote(f"{name}/{file}")}">{word}{seed}</a>'
+    return ""
 
 
 def _curves(folder: Path, found: Found, metric: str) -> str:

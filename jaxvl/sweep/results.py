@@ -134,7 +134,8 @@ def table(found: Found) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         drawn = [show(row.results[0].record.overrides.get(k, "")) for k in found.keys]
         steps = sorted({r.step for r in row.results if r.step is not None})
         body.append((row.name or "all", *drawn, *of, "..".join(f"{s:,}" for s in dict.fromkeys((steps[0], steps[-1]))) if steps else "", states(row.results)))
-    return ("row" if found.options.rows or found.options.seeds else "trial", *found.keys.values(), *metrics, "step", "trials"), body
+    several = any(len(row.results) > 1 for row in found.rows)
+    return ("row" if several else "trial", *found.keys.values(), *metrics, "step", "trials" if several else "status"), body
 
 
 def found_value(row: Row, metric: str) -> str:
