@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     bring = verbs.add_parser("import", help="published weights into a folder that config.init reads")
     bring.add_argument("source", help="a folder, an index, a safetensors file, or a name on the Hugging Face hub (NAME@REVISION)")
     bring.add_argument("--out", required=True, type=Path, help="a new folder")
+    bring.add_argument("--heads", type=int, default=0, help="of the towers of an ALBEF or TCL checkpoint (default: one for every 64 channels)")
     bring.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="of the parameters (default: the files' own)")
 
     export = verbs.add_parser("export", help="a run's model for other programs", description="Any --config.KEY=VALUE overrides the run's config.")
@@ -122,7 +123,7 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
 def _import(args: argparse.Namespace, _: list[str]) -> int:
     from jaxvl.interop import importing
 
-    return importing.run(args.source, args.out, dtype=args.dtype)
+    return importing.run(args.source, args.out, dtype=args.dtype, heads=args.heads)
 
 
 def _export(args: argparse.Namespace, overrides: list[str]) -> int:

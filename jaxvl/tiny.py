@@ -14,7 +14,7 @@ def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDic
     small.text.update(**TOWER, vocab_size=0)
     small.tokenizer.update(name="bpe", vocab_size=512, context_length=16)
     small.data.update(source="glyphs://train?size=256", weights=(), image_size=32, group_shards=2, chunk=8, threads=1, workers=0)
-    small.init.update(image="", text="", image_adapter="", text_adapter="")
+    small.init.update(image="", text="", whole="", image_adapter="", text_adapter="")
     small.method.width = 16
     if "fusion_depth" in small.method:
         small.method.update(fusion_depth=1, queue=8 * devices, group_size=2, chunks=min(config.method.chunks, 2), mlm_cap=min(config.method.mlm_cap, 4))

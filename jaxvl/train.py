@@ -87,7 +87,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
 
         plan = program(parts, mesh, steps)
         fresh = not checkpoint.whole_steps(workdir / "checkpoints")
-        start = initial.plan(parts.recipe, plan.state.params, parts.tokenizer.offset) if fresh else {}
+        start = initial.plan(parts.recipe, plan.state.params, parts.tokenizer.offset, plan.state.memory) if fresh else {}
         with log.pause("compile"):
             train_step = jax.jit(plan.step, donate_argnums=0, out_shardings=plan.out_shardings).lower(plan.state, plan.batch).compile()
 

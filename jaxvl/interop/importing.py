@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxvl import checkpoint
-from jaxvl.interop import load, tensors
-from jaxvl.interop.published import Published
+from jaxvl.interop import albef, load, tensors
+from jaxvl.interop.published import Fused, Published
 from jaxvl.models.text import TextOptions
 from jaxvl.models.vit import VitOptions
 from jaxvl.progress import say
@@ -35,10 +35,11 @@ class Origin(NamedTuple):
     prefix: str
 
 
-def run(source: str, out: Path, *, dtype: str = "") -> int:
+def run(source: str, out: Path, *, dtype: str = "", heads: int = 0) -> int:
     """Import a folder, an index, a safetensors file or a name on the Hugging Face hub into the new folder `out`.
 
-    dtype: of the parameters, float32 or bfloat16; by default bfloat16 where every tensor is, else float32. `out` appears when it
+    dtype: of the parameters, float32 or bfloat16; by default bfloat16 where every tensor is, else float32. heads: of a checkpoint of
+    ALBEF or TCL whose heads are not of the usual width; its teacher and queues come with it. `out` appears when it
     is whole. Raises ValueError for a source that is damaged or no model of ours, listing every tensor at fault, FileExistsError.
     """
     started = time.perf_counter()
@@ -47,12 +48,15 @@ def run(source: str, out: Path, *, dtype: str = "") -> int:
     files = _fetch(source)
     stored = tensors.find(files)
     dtype = dtype or ("bfloat16" if all(t.dtype.name == "bfloat16" for t in stored.values()) else "float32")
-    found = load.load(files, dtype=dtype)
+    if heads and not albef.holds(stored):
+        raise ValueError(f"--heads is for checkpoints of ALBEF and TCL, which do not tell it; {source} is none")
+    found = load.fill(albef.describe(stored, heads), stored, dtype=dtype) if albef.holds(stored) else load.load(files, dtype=dtype)
+    params, memory = albef.split(found.params) if found.model.fused else (found.params, {})
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with checkpoint.open_saver(partial / "checkpoints", checkpoint.CheckpointOptions()) as saver:
-            saver.save(0, {"params": found.params}, {"source": source}, block=True)
+            saver.save(0, {"params": params, **({"memory": memory} if memory else {})}, {"source": source}, block=True)
         (partial / "checkpoints" / "LOCK").unlink()
         body = {"format": FORMAT, **Origin(found.model, source, found.prefix)._asdict(), "model": _plain(found.model)}
         (partial / FILE).write_text(json.dumps(body, indent=1) + "\n")
@@ -70,6 +74,9 @@ def run(source: str, out: Path, *, dtype: str = "") -> int:
         if getattr(found.model, name):
             print(f"config.{name} = dict({', '.join(f'{k}={v!r}' for k, v in tower(out, name).items())})")
             print(f'config.init.{name} = "{out}"')
+    if found.model.fused:
+        print(f"config.method.fusion_depth, config.method.width, config.method.queue = {found.model.fused.fusion_depth}, {found.model.fused.width}, {found.model.fused.queue}")
+        print(f'config.init.whole = "{out}"')
     return 0
 
 
@@ -84,7 +91,8 @@ def read(folder: str | Path) -> Origin:
         raise ValueError(f"{file}: format {body.get('format')}, but this version of jaxvl reads format {FORMAT}; import it again")
     m = body["model"]
     options = {name: options_of(kind, m[name]) if m[name] else None for name, kind in (("image", VitOptions), ("text", TextOptions))}
-    return Origin(Published(**{**m, **options, "scalars": tuple(m["scalars"])}), body["source"], body["prefix"])
+    fused = Fused(**m["fused"]) if m.get("fused") else None
+    return Origin(Published(**{**m, **options, "scalars": tuple(m["scalars"]), "fused": fused}), body["source"], body["prefix"])
 
 
 def tower(folder: str | Path, name: str) -> dict[str, Any]:

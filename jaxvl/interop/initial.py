@@ -1,4 +1,7 @@
-"""Where parameters start: towers from imported folders or earlier runs, everything else from random numbers."""
+"""Where parameters start: towers or whole methods from imported folders or earlier runs, everything else from random numbers.
+
+Paths are those of the parameters ("image/pos"); what a method keeps besides, where a whole method is taken over, is "memory/...".
+"""
 import json
 import re
 from collections.abc import Callable
@@ -18,9 +21,10 @@ from jaxvl.models.text import TextOptions
 from jaxvl.models.vit import VitOptions
 from jaxvl.progress import say
 
+STEP, FILLED = "memory/step", "memory/filled"  # a method's own count of steps, and of queue entries that were written
 # Options that do not change what the weights of a tower mean: how it is trained and run, and what is read from its top.
 FREE = {
-    "variant", "head", "head_bias", "pooler", "pool", "vocab_size", "eos_id", "pad_id", "positions", "mask_token", "patch_dropout", "drop_remainder",
+    "variant", "head", "head_bias", "pooler", "pool", "vocab_size", "eos_id", "pad_id", "mask_id", "positions", "mask_token", "patch_dropout", "drop_remainder",
     "dropout", "attention_dropout", "drop_path", "init_std", "scan", "remat", "attention", "dtype",
 }  # fmt: skip
 
@@ -29,13 +33,16 @@ class InitOptions(NamedTuple):
     """Where the parameters of a run's first step come from; a run that continues reads none of it.
 
     image, text: a folder of `jaxvl import` or the workdir of a run, whose tower of that name is taken; "" starts from random
-    numbers. image_adapter, text_adapter: a PEFT adapter folder of the published model that the tower is imported from, where
+    numbers. A BERT of as many layers as text tower and fusion layers have together gives its lower ones to the one and its upper ones to
+    the other, and its word head. whole: such a folder or workdir, from which everything starts that is there under the same name:
+    parameters, teacher and queues; image and text come after it. The count of steps starts anew. image_adapter, text_adapter: a PEFT adapter folder of the published model that the tower is imported from, where
     its LoRA adapters start; both may name one. skip: pattern of parameters that start anew all the same. differ: options in which
     a tower may depart from its source.
     """
 
     image: str = ""
     text: str = ""
+    whole: str = ""
     image_adapter: str = ""
     text_adapter: str = ""
     skip: str = ""
@@ -43,13 +50,15 @@ class InitOptions(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """How one parameter starts. change: saved values -> ours, None where they are taken as they are. adapter: values of one."""
+    """How one leaf starts. change: saved values -> ours, None where they are taken as they are. values: those given outright, such
+    as an adapter's. path: of what was saved, where it is not ours."""
 
     source: str  # checkpoint or adapter folder
     saved: jax.ShapeDtypeStruct
     change: Callable[[np.ndarray], np.ndarray] | None
     note: str
-    adapter: np.ndarray | None = None
+    values: np.ndarray | None = None
+    path: str = ""
 
 
 class Source(NamedTuple):
@@ -61,8 +70,8 @@ class Source(NamedTuple):
     positions: Method
 
 
-def plan(recipe: Any, params: Any, offset: int) -> dict[str, Leaf]:
-    """What `fill` will load for a config.Recipe, by path. params: shapes. offset: rows that the tokenizer puts in front of the source's ids.
+def plan(recipe: Any, params: Any, offset: int, memory: Any = ()) -> dict[str, Leaf]:
+    """What `fill` will load for a config.Recipe, by path. params, memory: shapes. offset: rows that the tokenizer puts in front of the source's ids.
 
     Reads no weights but those of adapters. Raises ValueError listing every option and every parameter in which a source differs, and DamagedError.
     """
@@ -70,35 +79,48 @@ def plan(recipe: Any, params: Any, offset: int) -> dict[str, Leaf]:
     if options.skip:
         _compiles(options.skip)
     wanted = {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    kept = {f"memory/{path_str(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(memory)}
     image, text = vits.resolve(recipe.image), texts.resolve(recipe.text)
     leaves: dict[str, Leaf] = {}
     faults: list[str] = []
     unread: list[str] = []
     grid = vits.grid(image, recipe.data.image_size, recipe.data.image_size)
+
+    def take(key: str, source: Source, names: dict[str, str]) -> None:
+        """Plans the leaves of `names`, our path -> the saved one."""
+        saved, folder = _saved(source.checkpoints), getattr(options, key)
+        for path, theirs in names.items():
+            if theirs not in saved or (options.skip and re.search(options.skip, path)):
+                continue
+            have, want = saved[theirs], {**wanted, **kept}[path].shape
+            change, note = _change(path, theirs, have.shape, want, source, grid, offset)
+            if (change is None and have.shape != want) or have.shape[1:] != want[1:]:
+                faults.append(f"config.init.{key}: {path} has {have.shape} in {folder}; this config makes it {want}{_remedy(path, have, offset)}")
+            leaves[path] = Leaf(str(source.checkpoints), have, change, note, path=theirs)
+        unread.extend(f"{folder}: {path}" for path in saved if path not in names.values() and _of(path, key))
+
+    if options.whole:
+        source = _open(options.whole, "whole")
+        for name, ours in (("image", image), ("text", text)):
+            if getattr(source, name) is not None:
+                faults += _differences(name, options.whole, ours, getattr(source, name), options.differ)
+        take("whole", source, {path: path for path in (*wanted, *kept) if path != STEP})
+        _queues(leaves, kept)
     for name, folder, ours in (("image", options.image, image), ("text", options.text, text)):
         if not folder:
             continue
-        source = _open(folder)
+        source = _open(folder, name)
         theirs = getattr(source, name)
         if theirs is None:
             raise ValueError(f"config.init.{name}: {folder} has no {name} tower")
+        names = {path: path for path in wanted if path.startswith(name + "/")}
+        fused = next((leaf.shape[0] for path, leaf in wanted.items() if path.startswith("fusion/blocks/")), 0)
+        if name == "text" and fused and theirs.depth == ours.depth + fused:
+            theirs = theirs._replace(depth=ours.depth)
+            names |= {path: path.replace("fusion/blocks/", "text/blocks/") for path in wanted if path.startswith("fusion/blocks/")}
+            names |= {path: path for path in wanted if path.startswith("mlm/")}
         faults += _differences(name, folder, ours, theirs, options.differ)
-        saved = _saved(source.checkpoints, name)
-        for path in [path for path in wanted if path.startswith(name + "/")]:
-            if path not in saved or (options.skip and re.search(options.skip, path)):
-                continue
-            have, want = saved.pop(path), wanted[path].shape
-            change, note = None, "loaded"
-            if path == "image/pos" and have.shape != want:
-                change, note = _resized(have.shape, grid, theirs.class_tokens, source.positions)
-            elif path == "text/pos" and have.shape[0] > want[0]:
-                change, note = (lambda x, n=want[0]: x[:n]), f"the first {want[0]} of {have.shape[0]} rows"
-            elif path == "text/embed" and have.shape[0] + offset == want[0] and offset:
-                change, note = (lambda x, pad=theirs.pad_id: np.concatenate([x[pad : pad + 1], x])), f"a copy of row {theirs.pad_id} in front, for padding"
-            if (change is None and have.shape != want) or have.shape[1:] != want[1:]:
-                faults.append(f"config.init.{name}: {path} has {have.shape} in {folder}; this config makes it {want}{_remedy(path, have, offset)}")
-            leaves[path] = Leaf(str(source.checkpoints), have, change, note)
-        unread += [f"{folder}: {path}" for path in saved]
+        take(name, source, names)
     for name in ("image", "text"):
         if getattr(options, f"{name}_adapter"):
             try:
@@ -107,44 +129,51 @@ def plan(recipe: Any, params: Any, offset: int) -> dict[str, Leaf]:
                 faults.append(f"config.init.{name}_adapter: {error}")
     if faults:
         raise ValueError("the imported towers do not fit this config:\n  " + "\n  ".join(faults))
-    if (options.image or options.text) and not leaves:
+    if (options.image or options.text or options.whole) and not leaves:
         raise ValueError(f"config.init.skip {options.skip!r} leaves nothing to load")
     if leaves:
-        _table(wanted, leaves, unread)
+        _table({**wanted, **kept} if options.whole else wanted, leaves, unread)
     return leaves
 
 
 def fill(leaves: dict[str, Leaf], state: Any) -> Any:
-    """`state` (with params, ema and memory) with what `plan` found, each parameter read straight into its sharding and dtype.
+    """`state` (with params, ema and memory) with what `plan` found, each leaf read straight into its sharding and dtype.
 
-    A copy that the state keeps of a loaded parameter, a moving average or a teacher of the same path, starts from it too.
-    Every byte of a source is hashed first; raises DamagedError where one is not what was saved.
+    A copy that the state keeps of a loaded parameter, a moving average or a teacher of the same path, starts from it too where the
+    source has none of its own. Every byte of a source is hashed first; raises DamagedError where one is not what was saved.
     """
     if not leaves:
         return state
     flat = {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    flat |= {f"memory/{path_str(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.memory)}
     values: dict[str, jax.Array] = {}
     put = lambda path, value: jax.make_array_from_callback(value.shape, flat[path].sharding, lambda index: value[index]).astype(flat[path].dtype)
-    for folder in sorted({leaf.source for leaf in leaves.values() if leaf.adapter is None}):
-        mine = {path: leaf for path, leaf in leaves.items() if leaf.source == folder and leaf.adapter is None}
-        place = lambda path, leaf: None if leaf.change else flat[path].sharding
-        wanted = {f"params/{p}": jax.ShapeDtypeStruct(x.saved.shape, x.saved.dtype, sharding=place(p, x)) for p, x in mine.items()}
+    read_from = [(path, leaf) for path, leaf in leaves.items() if leaf.values is None]
+    for folder in sorted({leaf.source for _, leaf in read_from}):
         found = checkpoint.verified(Path(folder))
         if found is None:
             raise ValueError(f"{folder} has no checkpoint")
-        read = checkpoint.read_leaves(Path(folder), found.step, wanted)
-        for path, leaf in mine.items():
-            value = read.pop(f"params/{path}")
-            values[path] = put(path, leaf.change(value)) if leaf.change else value.astype(flat[path].dtype)
-    adapters = {path: leaf.adapter for path, leaf in leaves.items() if leaf.adapter is not None}
-    values |= {path: put(path, value) for path, value in adapters.items()}
-    for path in [path for path in adapters if path.endswith("/a")]:
+        mine = [(path, leaf) for path, leaf in read_from if leaf.source == folder]
+        # What is changed comes to the host and may serve several leaves; the rest is read where it stays.
+        for changed in (False, True):
+            some = [(path, leaf) for path, leaf in mine if bool(leaf.change) == changed]
+            place = lambda path, changed=changed: None if changed else flat[path].sharding
+            wanted = {_key(leaf.path): jax.ShapeDtypeStruct(leaf.saved.shape, leaf.saved.dtype, sharding=place(path)) for path, leaf in some}
+            read = checkpoint.read_leaves(Path(folder), found.step, wanted) if wanted else {}
+            for path, leaf in some:
+                value = read[_key(leaf.path)]
+                values[path] = put(path, leaf.change(value)) if leaf.change else value.astype(flat[path].dtype)
+    given = {path: leaf.values for path, leaf in leaves.items() if leaf.values is not None}
+    values |= {path: put(path, value) for path, value in given.items()}
+    for path in [path for path in given if path.endswith("/a")]:
         # Where A and B are both zero neither has a gradient, so ranks and layers that the folder lacks keep their random A.
-        given = np.asarray(np.any(adapters[path], -2) | np.any(adapters[path.removesuffix("a") + "b"], -1))[..., None, :]
-        values[path] = jax.jit(jnp.where, out_shardings=flat[path].sharding)(given, values[path], flat[path])
+        there = np.asarray(np.any(given[path], -2) | np.any(given[path.removesuffix("a") + "b"], -1))[..., None, :]
+        values[path] = jax.jit(jnp.where, out_shardings=flat[path].sharding)(there, values[path], flat[path])
 
     def copy(path: Any, leaf: jax.Array) -> jax.Array:
         name = path_str(path)
+        if name in values:
+            return values[name]
         found = next((p for p in values if name.endswith("/" + p) and values[p].shape == leaf.shape), None)
         return jax.jit(lambda x: jnp.asarray(x, leaf.dtype, copy=True), out_shardings=leaf.sharding)(values[found]) if found else leaf
 
@@ -153,13 +182,13 @@ def fill(leaves: dict[str, Leaf], state: Any) -> Any:
     return state._replace(params=params, **copies)
 
 
-def _open(folder: str) -> Source:
+def _open(folder: str, key: str) -> Source:
     root = Path(folder)
     if (root / importing.FILE).is_file():
         model = importing.read(root).model
         return Source(root / "checkpoints", model.image, model.text, model.positions)
     if not (root / "config.json").is_file() or not (root / "checkpoints").is_dir():
-        raise ValueError(f"config.init: {folder} is neither a folder of `jaxvl import` nor the workdir of a run")
+        raise ValueError(f"config.init.{key}: {folder} is neither a folder of `jaxvl import` nor the workdir of a run")
     config = json.loads((root / "config.json").read_text())
     image, text = importing.options_of(VitOptions, config["image"]), importing.options_of(TextOptions, config["text"])
     return Source(root / "checkpoints", image, text, "bicubic")
@@ -184,28 +213,67 @@ def _adapters(name: str, recipe: Any, wanted: dict[str, Any]) -> dict[str, Leaf]
             faults.append(f"{path} has {value.shape} in {folder}; this config makes it {wanted[path].shape}")
     if faults:
         raise ValueError("\n  ".join(faults))
-    taken = {path: value for path, value in found.items() if not (recipe.init.skip and re.search(recipe.init.skip, path.rpartition("/")[0]))}
+    taken = {path: np.asarray(value) for path, value in found.items() if not (recipe.init.skip and re.search(recipe.init.skip, path.rpartition("/")[0]))}
     return {path: Leaf(folder, jax.ShapeDtypeStruct(value.shape, value.dtype), None, "loaded", value) for path, value in taken.items()}
 
 
-def _saved(folder: Path, name: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a tower's leaves in the newest checkpoint, from its manifest alone."""
+def _saved(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the parameters and the memory in the newest checkpoint, from its manifest alone."""
     steps = manifest.whole_steps(folder)
     if not steps:
         raise ValueError(f"{folder} has no checkpoint")
     out = {}
     for path, kind in manifest.read(folder, steps[0]).leaves.items():
-        if path.startswith(f"params/lora/{name}/"):
-            raise ValueError(f"{folder} holds adapters of its {name} tower; export the run, which merges them, and import that")
-        if path.startswith(f"params/{name}/"):
+        if path.startswith("params/lora/"):
+            raise ValueError(f"{folder} holds adapters of its {path.split('/')[2]} tower; export the run, which merges them, and import that")
+        if path.startswith(("params/", "memory/")):
             dtype, _, shape = kind.rstrip("]").partition("[")
             out[path.removeprefix("params/")] = jax.ShapeDtypeStruct(tuple(int(n) for n in shape.split(",") if n), jnp.dtype(dtype))
     return out
 
 
+def _key(path: str) -> str:
+    """How a checkpoint names a leaf that has this path here."""
+    return path if path.startswith("memory/") else f"params/{path}"
+
+
+def _of(path: str, key: str) -> bool:
+    """Whether a saved leaf is of what `config.init.key` takes over."""
+    return path != STEP if key == "whole" else path.startswith(key + "/")
+
+
+def _change(path: str, theirs: str, have: tuple[int, ...], want: tuple[int, ...], source: Source, grid: tuple[int, int], offset: int) -> tuple[Callable | None, str]:
+    """How a saved leaf becomes ours, None where it is taken as it is, and what to tell of it; the teacher's tables are as the student's."""
+    table = "/".join(path.split("/")[-2:])
+    if table == "image/pos" and have != want and source.image is not None:
+        return _resized(have, grid, source.image.class_tokens, source.positions)
+    if table == "text/pos" and have[0] > want[0]:
+        return (lambda x: x[: want[0]]), f"the first {want[0]} of {have[0]} rows"
+    if table == "text/embed" and have[0] + offset == want[0] and offset and source.text is not None:
+        pad = source.text.pad_id
+        return (lambda x: np.concatenate([x[pad : pad + 1], x])), f"a copy of row {pad} in front, for padding"
+    if theirs.startswith("text/blocks/") and have[0] > want[0] and have[1:] == want[1:]:
+        first = have[0] - want[0] if path.startswith("fusion/") else 0
+        return (lambda x: x[first : first + want[0]]), f"layers {first} to {first + want[0] - 1} of {have[0]}"
+    return None, "loaded"
+
+
+def _queues(leaves: dict[str, Leaf], kept: dict[str, Any]) -> None:
+    """A place in a queue means nothing without its entries; entries that come without a count are all real."""
+    queues = [path for path in kept if path.endswith("_queue") and not path.endswith("id_queue")]
+    if all(path in leaves for path in queues):
+        if queues and FILLED in kept and FILLED not in leaves:
+            first = leaves[queues[0]]
+            leaves[FILLED] = Leaf(first.source, jax.ShapeDtypeStruct((), jnp.int32), None, "all entries", np.asarray(first.saved.shape[0], np.int32), path=FILLED)
+        return
+    for path in (*queues, "memory/pointer", "memory/id_queue", FILLED):
+        leaves.pop(path, None)
+
+
 def _differences(name: str, folder: str, ours: Any, theirs: Any, allowed: tuple[str, ...]) -> list[str]:
-    # The pool is free, and a run's config leaves the id that one of them needs to its tokenizer.
-    theirs = (vits if name == "image" else texts).resolve(theirs._replace(pool="mean"))
+    # The pool is free, and a run's config leaves the id that one of them needs, and the vocabulary, to its tokenizer.
+    left = {"pool": "mean"} if name == "image" else {"pool": "mean", "vocab_size": theirs.vocab_size or ours.vocab_size}
+    theirs = (vits if name == "image" else texts).resolve(theirs._replace(**left))
 
     def same(o: Any) -> dict[str, Any]:
         alike = {"kv_heads": getattr(o, "kv_heads", 0) or o.heads, "layer_scale": o.layer_scale > 0, "head_dim": getattr(o, "head_dim", 0) or o.width // o.heads}
@@ -224,6 +292,8 @@ def _resized(shape: tuple[int, ...], grid: tuple[int, int], front: int, method: 
 
 
 def _remedy(path: str, have: jax.ShapeDtypeStruct, offset: int) -> str:
+    if path.endswith("_queue"):
+        return f"; set config.method.queue={have.shape[0]}, or start it anew with config.init.skip"
     rows = {"text/pos": ("positions", have.shape[0]), "text/embed": ("vocab_size", have.shape[0] + offset)}
     return "; set config.text.{}={}".format(*rows[path]) if path in rows else ""
 
