@@ -14,8 +14,6 @@ FIXTURES = Path(__file__).parent.parent / "fixtures" / "parity" / "tcl"
 
 def state(name: str) -> dict[str, np.ndarray]:
     """The state dict of a recorded tiny model: "e2e_pretrain" or, in retrieval's names and with ids, "e2e_retrieval"."""
-    if not (FIXTURES / f"{name}.npz").is_file():
-        pytest.skip(f"{FIXTURES} has no {name}.npz")
     arrays = np.load(FIXTURES / f"{name}.npz")
     return {k[3:]: arrays[k] for k in arrays.files if k.startswith("sd/")}
 

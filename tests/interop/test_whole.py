@@ -71,7 +71,7 @@ def test_everything_of_an_imported_checkpoint_at_another_resolution(imported, to
 
 
 def test_a_queue_that_starts_anew_has_no_place_from_before(imported, tokenizer):
-    shapes, leaves = planned(imported, tokenizer, method=dict(queue=40), init=dict(skip="embed$|mlm/bias$|_queue$"))
+    _, leaves = planned(imported, tokenizer, method=dict(queue=40), init=dict(skip="embed$|mlm/bias$|_queue$"))
     assert not {"memory/pointer", "memory/filled", "memory/image_queue"} & leaves.keys()
     with pytest.raises(ValueError, match=r"memory/image_queue has \(24, 16\).*set config\.method\.queue=24, or start it anew"):
         planned(imported, tokenizer, method=dict(queue=40))

@@ -85,8 +85,6 @@ def test_adapters_that_do_nothing_change_no_score(model):
 
 
 def test_the_published_two_stages():
-    if not FIXTURE.is_file():
-        pytest.skip(f"{FIXTURE} is not there")
     case = Case(FIXTURE)
     sizes = json.loads(str(case["config"]))
     stored = {name[3:]: case[name] for name in case if name.startswith("sd/")}
