@@ -33,7 +33,8 @@ from jax.sharding import PartitionSpec as P
 from jaxvl.losses.codebook import Solver, assign, codebook_terms, cosines, log_predictions, usage
 from jaxvl.losses.momentum import contrast
 from jaxvl.losses.transport import ipot_flops, sinkhorn_flops
-from jaxvl.methods.fused import Draws, Trunk, Views, of_method, trunk
+from jaxvl.methods.fused import Draws, Trunk, Views, trunk
+from jaxvl.methods.fused_options import of_method
 from jaxvl.methods.method import Batch, Method, in_sequence, split_key, unit
 from jaxvl.models.text import TextOptions
 from jaxvl.models.vit import VitOptions

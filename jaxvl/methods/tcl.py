@@ -18,7 +18,8 @@ import jax
 
 from jaxvl.losses.local import local_information, pool_grid
 from jaxvl.losses.momentum import contrast
-from jaxvl.methods.fused import Draws, Trunk, of_method, trunk
+from jaxvl.methods.fused import Draws, Trunk, trunk
+from jaxvl.methods.fused_options import of_method
 from jaxvl.methods.method import Batch, Method, in_sequence, split_key
 from jaxvl.models import vit as vits
 from jaxvl.models.text import TextOptions
@@ -31,7 +32,7 @@ PROFILES = {"reference": {"scope": "group", "unfilled": "contrast"}, "fixed": {"
 class TclOptions(NamedTuple):
     """The keys of the `method` section for TCL and ALBEF; those not told here are the trunk's, see `TrunkOptions` in `fused.py`.
 
-    imc, lmi: whether the terms that TCL adds to ALBEF are there. align_reduction: "mean6" averages the alignment terms that are there, as
+    align: which alignment terms there are; "cma" alone is ALBEF. align_reduction: "mean6" averages the alignment terms that are there, as
     the published code does; "paper_halves" adds up the means of the two directions of CMA, IMC and LMI. cma_weight, imc_weight, lmi_weight: of
     the terms, in either. pool_grid: image locals are the means over a grid of this many windows a side. profile: what switches
     that say "profile" are set to: "reference" draws in-batch negatives in groups of the published batch a device and contrasts
@@ -40,8 +41,7 @@ class TclOptions(NamedTuple):
 
     name: Literal["tcl"] = "tcl"
     profile: Literal["reference", "fixed"] = "reference"
-    imc: bool = True
-    lmi: bool = True
+    align: Literal["cma", "cma+imc", "cma+lmi", "cma+imc+lmi"] = "cma+imc+lmi"
     align_reduction: Literal["mean6", "paper_halves"] = "mean6"
     cma_weight: float = 1.0
     imc_weight: float = 1.0
@@ -104,10 +104,10 @@ def terms(
     each = {"loss_i2t": H(v, T, now.v_m), "loss_t2i": H(t, V, now.t_m)}  # CMA: the teacher is part of the target
     weights = {"loss_i2t": o.cma_weight, "loss_t2i": o.cma_weight}
     seen = {}
-    if o.imc:
+    if "imc" in o.align:
         each |= {"loss_i2i": H(v, V), "loss_t2t": H(t, T)}  # IMC: it is not
         weights |= {"loss_i2i": o.imc_weight, "loss_t2t": o.imc_weight}
-    if o.lmi:
+    if "lmi" in o.align:
         # Locals are the teacher's last tokens, projected like the class token; pooled ones are not made unit vectors again.
         patches = now.image_m[:, base.image.class_tokens + base.image.registers :]
         grid = vits.grid(base.image, *batch["image"].shape[1:3])
@@ -147,4 +147,4 @@ def flops(base: Trunk, o: TclOptions, batch_spec: dict) -> dict[str, float]:
     cma, imc = (product * (group + o.queue) * n / 3 for n in (2 * (2 + 1), 2 * 2))
     local = 2.0 * o.width * (rows * columns * base.image.width + (length - 1) * base.text.width) / 3
     lmi = local + product * group * (o.pool_grid**2 + length - 1) * 2 / 3
-    return {**base.flops(batch_spec), "cma": cma, **({"imc": imc} if o.imc else {}), **({"lmi": lmi} if o.lmi else {})}
+    return {**base.flops(batch_spec), "cma": cma, **({"imc": imc} if "imc" in o.align else {}), **({"lmi": lmi} if "lmi" in o.align else {})}

@@ -10,7 +10,8 @@ from jaxvl.losses.codebook import assign
 from jaxvl.losses.transport import ipot, sinkhorn
 from jaxvl.mesh import BATCH, MeshOptions, make_mesh, shardings
 from jaxvl.methods import METHODS, codis
-from jaxvl.methods.fused import Views, of_method, trunk
+from jaxvl.methods.fused import Views, trunk
+from jaxvl.methods.fused_options import of_method
 from jaxvl.models.text import TextOptions
 from jaxvl.models.vit import VitOptions
 from jaxvl.state import STATE_RULES

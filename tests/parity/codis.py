@@ -14,7 +14,7 @@ from jaxvl.losses.pairs import unit
 from jaxvl.losses.transport import ipot, sinkhorn
 from jaxvl.mesh import MeshOptions, make_mesh
 from jaxvl.methods import codis
-from jaxvl.methods.fused import HIGH, LOW
+from jaxvl.methods.fused_options import HIGH, LOW
 from tests.parity.case import Case, Check, has
 
 EPS = np.finfo(np.float32).eps

@@ -22,7 +22,8 @@ from jaxvl.losses.local import local_information, pool_grid, sample_losses
 from jaxvl.losses.momentum import Candidates, average, contrast, enqueue
 from jaxvl.mesh import MeshOptions, make_mesh, path_str, shardings
 from jaxvl.methods import tcl
-from jaxvl.methods.fused import HIGH, LOW, Draws, of_method, trunk
+from jaxvl.methods.fused import Draws, trunk
+from jaxvl.methods.fused_options import HIGH, LOW, of_method
 from jaxvl.models.text import TextOptions
 from jaxvl.models.vit import VitOptions
 from jaxvl.optim import OptimOptions, learning_rate, make_optimizer
