@@ -104,14 +104,14 @@ def _leave(status: int) -> int:
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:
-    from jaxvl import config, train
+    from jaxvl import config, report, train
 
     recipe = config.load(args.config, overrides)
     if args.tiny:
         from jaxvl.tiny import shrink
 
         recipe = shrink(recipe)
-    return train.train(recipe, args.workdir)
+    return train.train(recipe, args.workdir, age=report.process_age())
 
 
 def _eval(args: argparse.Namespace, overrides: list[str]) -> int:

@@ -62,9 +62,10 @@ class Program(NamedTuple):
     out_shardings: tuple[TrainState, NamedSharding]
 
 
-def train(config: ConfigDict, workdir: Path) -> int:
+def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
     """Train the run in `workdir` from its newest whole checkpoint, or from the start, to its last step.
 
+    age: seconds this process has spent on the run before, which count as its start.
     Returns 0, or TERMINATED where SIGTERM stopped it. Raises ValueError for what is wrong in the config, before any compile.
     """
     recipe = configs.read(config)
@@ -74,7 +75,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     with (
         jax.set_mesh(mesh),
         checkpoint.open_saver(workdir / "checkpoints", recipe.checkpoint) as saver,
-        report.open_log(recipe.log, workdir, jax.process_index()) as log,
+        report.open_log(recipe.log, workdir, jax.process_index(), age) as log,
     ):
         _keep_config(config, workdir)
         log.describe(config=config.to_json_best_effort(indent=2), mesh=", ".join(f"{k} {v}" for k, v in mesh.shape.items()), devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}")

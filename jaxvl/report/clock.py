@@ -7,11 +7,13 @@ inputs are times the host notes as it goes and the times at which batch and step
 """
 
 import contextlib
+import os
 import statistics
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 STEP = ("data", "transfer", "compute", "other")  # phases of a step, in order
@@ -77,14 +79,27 @@ class Activity(NamedTuple):
     usual: float | None
 
 
-class Clock:
-    """Times of a run. The host thread notes spans; the thread that sees steps complete calls `end_step`."""
+def process_age() -> float:
+    """Seconds since this process began, imports and all; 0.0 where the system does not tell (it does on Linux)."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # field 22, past the name
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError):
+        return 0.0
 
-    def __init__(self) -> None:
-        self.begin = self._previous = self._dispatched = self._beat = time.perf_counter()
+
+class Clock:
+    """Times of a run. The host thread notes spans; the thread that sees steps complete calls `end_step`.
+
+    age: seconds that the process has already spent on the run; they count as its start.
+    """
+
+    def __init__(self, age: float = 0.0) -> None:
+        self._beat = self._dispatched = time.perf_counter()
+        self.begin = self._previous = self._beat - age
         self.seconds: dict[str, float] = defaultdict(float)
         self._names: list[str] = []
-        self._since = self.begin
+        self._since = self._beat
         self._spans: list[Span] = []
         self._steps: deque[float] = deque(maxlen=101)
         self._pauses: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=11))

@@ -64,3 +64,9 @@ def account(sessions: Sequence[Session]) -> dict[str, float]:
             total[kind] += seconds * useful
             total["lost"] += seconds * (1.0 - useful)
     return dict(total)
+
+
+def between(sessions: Sequence[Session]) -> float:
+    """Seconds in which a run that was to go on had no process: from the last note of each to the start of the next."""
+    ends = [s.began + sum(s.seconds.values()) for s in sessions]
+    return sum(max(0.0, after.began - end) for end, after in zip(ends, sessions[1:], strict=False))

@@ -90,12 +90,12 @@ class _Step(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_log(options: LogOptions, workdir: str | os.PathLike, process: int = 0) -> Iterator["RunLog"]:
-    """The log of a run in `workdir`; open it first, since the account of time starts here.
+def open_log(options: LogOptions, workdir: str | os.PathLike, process: int = 0, age: float = 0.0) -> Iterator["RunLog"]:
+    """The log of a run in `workdir`; open it first, since the account of time starts here, or `age` seconds before.
 
     Process 0 writes and prints; the others keep their watchdog and their table of bad samples.
     """
-    log = RunLog(check(options), Path(workdir), process)
+    log = RunLog(check(options), Path(workdir), process, age)
     try:
         yield log
     except BaseException:
@@ -107,13 +107,13 @@ def open_log(options: LogOptions, workdir: str | os.PathLike, process: int = 0) 
 class RunLog:
     """See the module; made by `open_log`. All methods are for the thread that runs the loop."""
 
-    def __init__(self, options: LogOptions, workdir: Path, process: int) -> None:
+    def __init__(self, options: LogOptions, workdir: Path, process: int, age: float) -> None:
         self._options, self._workdir = options, workdir
         self._folder = workdir / "report"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._main = process == 0
         silence(not self._main)
-        self._clock = clock.Clock()
+        self._clock = clock.Clock(age)
         self._plan: Plan | None = None
         self._writers: list[metrics.Writer] = []
         self._window: Window | None = None
@@ -249,7 +249,7 @@ class RunLog:
         path = None
         if self._options.html:
             path = write_report(self._workdir)
-        summary.print_summary(metrics.read_metrics(self._workdir), goodput.account(self._sessions), path)
+        summary.print_summary(metrics.read_metrics(self._workdir), self._sessions, path)
         return path
 
     def close(self, wait: bool = True) -> None:

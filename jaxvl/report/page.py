@@ -14,7 +14,7 @@ from jaxvl.gallery import Gallery, Hit, Query
 from jaxvl.progress import duration
 from jaxvl.report import plots
 from jaxvl.report.clock import STEP
-from jaxvl.report.goodput import KINDS, Session, account, read_sessions
+from jaxvl.report.goodput import KINDS, Session, account, between, read_sessions
 from jaxvl.report.metrics import read_lines, read_metrics, write_atomic
 from jaxvl.report.page_style import STYLE
 from jaxvl.report.summary import KEPT_OUT, WAYS, finals, last_line, number, recalls
@@ -184,7 +184,8 @@ def _speed(rows: Sequence[Mapping[str, Any]], sessions: Sequence[Session]) -> st
     text = ""
     if total:
         parts = [(KINDS.get(k, k), v, f"{100 * v / total:.1f} % ({duration(v)})") for k, v in seconds.items()]
-        text = f"<h3>Goodput {100 * seconds['compute'] / total:.1f} % of {duration(total)}</h3>{plots.bar(parts)}"
+        apart = f", {duration(between(sessions))} between its {len(sessions)} processes" if len(sessions) > 1 else ""
+        text = f"<h3>Goodput {100 * seconds['compute'] / total:.1f} % of {duration(total)}{apart}</h3>{plots.bar(parts)}"
     return section("Speed", grid(charts) + text)
 
 

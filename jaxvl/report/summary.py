@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxvl.progress import duration
-from jaxvl.report.goodput import KINDS
+from jaxvl.report.goodput import KINDS, Session, account, between
 
 RECALL = re.compile(r"(?:(?P<eval>.+)/)?(?P<way>i2t|t2i)/r@(?P<k>\d+)")
 WAYS = {"i2t": "image-to-text", "t2i": "text-to-image"}
@@ -78,7 +78,7 @@ def finals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Final]:
     return out
 
 
-def print_summary(rows: Sequence[Mapping[str, Any]], seconds: Mapping[str, float], page: Path | None) -> None:
+def print_summary(rows: Sequence[Mapping[str, Any]], sessions: Sequence[Session], page: Path | None) -> None:
     """Print the final metrics, where the time went, the page, and last of all the recalls, on standard output."""
     found = finals(rows)
     table = []
@@ -87,7 +87,7 @@ def print_summary(rows: Sequence[Mapping[str, Any]], seconds: Mapping[str, float
         if not name.startswith("time/"):
             table.append((name, number(final.last), *best))
     print_table("final metrics", ("metric", "last", "best", "at step"), table)
-    print(goodput_line(seconds))
+    print(goodput_line(sessions))
     if page:
         print(f"report: {page}")
     evals = {name: final.last for name, final in found.items() if RECALL.fullmatch(name)}
@@ -115,12 +115,17 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) 
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table)
 
 
-def goodput_line(seconds: Mapping[str, float]) -> str:
-    """Where the time went, largest first: "goodput 91.0 % of 1:02:03 (compute 91.0 %, waiting for data 4.1 %, ...)"."""
+def goodput_line(sessions: Sequence[Session]) -> str:
+    """Where the time went, largest first: "goodput 91.0 % of 1:02:03 (compute 91.0 %, waiting for data 4.1 %, ...)".
+
+    Of a run that was restarted, also how long it had no process.
+    """
+    seconds = account(sessions)
     total = max(sum(seconds.values()), 1e-9)
     parts = sorted(((v, k) for k, v in seconds.items() if v / total >= 5e-4), reverse=True)
     inside = ", ".join(f"{KINDS.get(k, k)} {100 * v / total:.1f} %" for v, k in parts)
-    return f"goodput {100 * seconds.get('compute', 0.0) / total:.1f} % of {duration(total)} ({inside})"
+    apart = f"; {duration(between(sessions))} between its {len(sessions)} processes" if len(sessions) > 1 else ""
+    return f"goodput {100 * seconds['compute'] / total:.1f} % of {duration(total)} ({inside}){apart}"
 
 
 def number(value: Any) -> str:

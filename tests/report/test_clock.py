@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import time
 
 import pytest
@@ -113,6 +115,26 @@ def test_every_second_of_a_run_is_accounted_for(now):
         "other": 0.25,
     }
     assert sum(c.totals().values()) == now[0] - c.begin
+
+
+def test_what_came_before_the_clock_counts_as_the_start(now):
+    c = Clock(age=7.0)
+    now[0] += 3
+    assert c.activity().since == 100.0  # the watchdog does not take it for a stall
+    with c.span("data"):
+        now[0] += 1
+    dispatched, spans = c.dispatch()
+    c.end_step(dispatched, dispatched, now[0] + 2, spans)
+    now[0] += 2
+    assert c.totals() == {"restart": 10, "data": 1, "transfer": 0, "compute": 2, "other": 0}
+    assert now[0] - c.begin == 13
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells when a process began")
+def test_the_age_of_a_process_grows_from_its_start():
+    code = "import time; time.sleep(0.3); from jaxvl.report import process_age; a = process_age(); time.sleep(0.1); print(a, process_age())"
+    young, old = map(float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert 0.3 <= young < 60 and old >= young + 0.09
 
 
 def test_activity_names_the_phase_and_its_usual_length(now):

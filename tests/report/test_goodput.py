@@ -1,7 +1,7 @@
 import pytest
 from hypothesis import given, strategies as st
 
-from jaxvl.report.goodput import KINDS, Session, account, read_sessions, resume, save_sessions
+from jaxvl.report.goodput import KINDS, Session, account, between, read_sessions, resume, save_sessions
 
 
 def session(first, last, seconds):
@@ -33,3 +33,9 @@ def test_no_second_appears_or_vanishes_and_kept_steps_are_the_run(cases):
     assert sum(total.values()) == pytest.approx(sum(sum(s.seconds.values()) for s in sessions))
     assert sum(s.kept - s.first for s in sessions) == at
     assert total["compute"] == pytest.approx(at)
+
+
+def test_time_without_a_process():
+    at = lambda began, seconds: Session(began, 0, 1, 1, {"compute": seconds})
+    assert between([]) == between([at(5.0, 9.0)]) == 0.0
+    assert between([at(0.0, 10.0), at(12.5, 10.0), at(22.0, 1.0)]) == 2.5  # a clock set back in between gives nothing back

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 from jaxvl.report import summary
+from jaxvl.report.goodput import Session
 
 VALUES = {
     f"val/{way}/r@{k}": r
@@ -29,7 +30,8 @@ def test_finals_know_which_way_is_better():
 
 def test_the_summary_ends_with_the_recalls(capsys):
     rows = [{"step": 7, "samples": 1, "epoch": 1.0, "loss": 0.25, "time/step_ms": 1.0}, {"step": 7, **VALUES}]
-    summary.print_summary(rows, {"compute": 90.0, "data": 9.99, "eval": 0.01, "lost": 0.0}, Path("runs/x/report.html"))
+    sessions = [Session(1000.0, 0, 7, 7, {"compute": 90.0, "data": 9.99, "eval": 0.01, "lost": 0.0})]
+    summary.print_summary(rows, sessions, Path("runs/x/report.html"))
     out = capsys.readouterr().out
     *_, goodput, page, last = out.splitlines()
     assert goodput == "goodput 90.0 % of 1:40 (compute 90.0 %, waiting for data 10.0 %)"
@@ -37,6 +39,12 @@ def test_the_summary_ends_with_the_recalls(capsys):
     assert "val/i2t/r@10" in out and "0.902" in out and "time/" not in out
     summary.print_values(VALUES)
     assert capsys.readouterr().out.splitlines()[-1] == LINE
+
+
+def test_a_restarted_run_tells_how_long_it_had_no_process():
+    kill = [Session(1000.0, 0, 8, 4, {"compute": 80.0}), Session(1125.0, 4, 8, 8, {"compute": 40.0, "restart": 20.0})]
+    words = "goodput 57.1 % of 2:20 (compute 57.1 %, work lost in a kill 28.6 %, start and restart 14.3 %)"
+    assert summary.goodput_line(kill) == f"{words}; 0:45 between its 2 processes"
 
 
 def test_log_line_splits_the_step():
