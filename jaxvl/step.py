@@ -9,7 +9,7 @@ import optax
 from jaxvl.accumulate import value_and_grad
 from jaxvl.data.augment import AugmentOptions, preprocess, resize
 from jaxvl.methods.method import Method
-from jaxvl.optim import OptimOptions, Schedule, frozen
+from jaxvl.optim import OptimOptions, Schedule, forget, frozen
 from jaxvl.state import TrainState, advance
 
 Metrics = dict[str, jax.Array]
@@ -28,7 +28,7 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """A pure (state, batch) -> (state, metrics), to be jitted once with the state donated.
 
-    batch: {"image": uint8 [B, S, S, 3], "tokens": int32 [B, L], ...}, or with data.resize="device" canvases [B, C, C, 3] as "image"
+    batch: {"image": uint8 [B, S, S, 3], "tokens": int32 [B, L] or "label": int32 [B], ...}, or with data.resize="device" canvases [B, C, C, 3] as "image"
     and the crops in them as "frame" float32 [B, 6], resized here to `image_size`; with augment.views=2 "image_aug" (and "frame_aug")
     likewise; with augment.hflip="unsided" bool "sided" [B]. metrics: scalars, those of `aux` among them.
     grad_shardings: the params' shardings; without the pin XLA may keep whole gradients on every device.
@@ -52,6 +52,9 @@ def make_train_step(
 
         if method.constrain is not None:
             state = state._replace(params=method.constrain(state.params))
+        if method.refresh is not None:
+            renewed = method.refresh(state.params, state.memory, state.step)
+            state = state._replace(params=renewed.params, memory=renewed.memory, opt_state=forget(state.opt_state, renewed.forget, renewed.when))
         hold = frozen(optim, state.params)
         (loss, aux), grads = grad_fn(state.params, state.memory, batch, key_model)
         if grad_shardings is not None:
@@ -73,7 +76,7 @@ def make_train_step(
             ema=keep(ema, state.ema),
             opt_state=keep(opt_state, state.opt_state),
             memory=keep(memory, state.memory),
-            position=advance(state.position, batch["tokens"].shape[0]),
+            position=advance(state.position, batch["image"].shape[0]),
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
         scalars = {k: v for k, v in aux.items() if getattr(v, "ndim", None) == 0}

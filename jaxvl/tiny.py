@@ -20,6 +20,12 @@ def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDic
         small.method.update(fusion_depth=1, queue=8 * devices, group_size=2, chunks=min(config.method.chunks, 2), mlm_cap=min(config.method.mlm_cap, 4))
     if "codes" in small.method:
         small.method.update(codes=16, ot_group=2, ipot_iterations=min(config.method.ipot_iterations, 5))
+    if "num_coarse" in small.method:
+        depth = len(config.data.levels)
+        small.method.update(classes=0, num_coarse=(0,) * len(config.method.num_coarse), parents=(), pad_to=devices, block=64)
+        small.data.update(label="class", classes="all", hierarchy="hierarchy" if depth else "", split_level=-1, levels=(2, 1, 0)[:depth])
+        small.data.per_class = 2 if config.data.per_class else 0
+        small.optim.hold = tuple((pattern, min(n, 1)) for pattern, n in config.optim.hold)
     small.optim.update(warmup_steps=min(config.optim.warmup_steps, steps - 1, 1), cooldown_steps=min(config.optim.cooldown_steps, 1), epochs=min(config.optim.epochs, steps))
     small.train.update(batch_size=2 * devices * config.train.accumulate, steps=steps, epochs=0.0)
     small.mesh.update(data=-1, fsdp=min(config.mesh.fsdp, 2), tensor=min(config.mesh.tensor, 2))
@@ -27,4 +33,6 @@ def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDic
     small.log.update(every=1, tensorboard=False, wandb="")
     for section in small.evals.values():
         section.update(source="glyphs://val-seen?size=40", every=0)
+        if section.kind == "metric_learning":
+            section.update(source="glyphs://val?size=40", gallery="", label="class", classes="all", hierarchy="", split_level=-1)
     return small

@@ -4,7 +4,6 @@ The order inside the loop is what makes a resumed run equal to one that was neve
 An evaluation comes before the save of the same step, so that a run resumed there has its numbers and does not repeat it.
 """
 import json
-import math
 import signal
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from ml_collections import ConfigDict
 
-from jaxvl import checkpoint, config as configs, evals, report
+from jaxvl import checkpoint, config as configs, evals, facts, report
 from jaxvl.data.dataset import Dataset, captions, decode_options, open_data
 from jaxvl.data.decode import canvas_side
 from jaxvl.data.stream import train_batches
@@ -28,7 +27,7 @@ from jaxvl.data.text import TRAINED, Tokenizer, load_tokenizer, train_tokenizer
 from jaxvl.interop import initial
 from jaxvl.mesh import BATCH, make_mesh, place, process_rows, shardings, start_processes
 from jaxvl.methods import METHODS
-from jaxvl.methods.method import Method
+from jaxvl.methods.method import Method, Run
 from jaxvl.models import lora
 from jaxvl.optim import frozen, learning_rate, make_optimizer
 from jaxvl.progress import say
@@ -41,12 +40,14 @@ TERMINATED = 143  # exit status of a run that SIGTERM stopped: saved, not finish
 
 
 class Parts(NamedTuple):
-    """What training and evaluating a run share. recipe: completed by the tokenizer and the adapters. spec: shapes and dtypes of a global batch as the method sees it."""
+    """What training and evaluating a run share. recipe: completed by the tokenizer, the adapters and `run`. tokenizer: None where the data
+    have no captions. spec: shapes and dtypes of a global batch as the method sees it."""
 
     recipe: configs.Recipe
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     method: Method
     spec: dict[str, jax.ShapeDtypeStruct]
+    run: Run = Run()
 
 
 class Program(NamedTuple):
@@ -84,11 +85,11 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
         evals.check(recipe.evals, recipe.data)
         parts = build(recipe, workdir, dataset)
         batch_size = recipe.train.batch_size
-        steps = recipe.train.steps or math.ceil(recipe.train.epochs * len(dataset) / batch_size)
+        steps = parts.run.steps
 
         plan = program(parts, mesh, steps)
         fresh = not checkpoint.whole_steps(workdir / "checkpoints")
-        start = initial.plan(parts.recipe, plan.state.params, parts.tokenizer.offset, plan.state.memory) if fresh else {}
+        start = initial.plan(parts.recipe, plan.state.params, parts.tokenizer.offset if parts.tokenizer else 0, plan.state.memory) if fresh else {}
         with log.pause("compile"):
             train_step = jax.jit(plan.step, donate_argnums=0, out_shardings=plan.out_shardings).lower(plan.state, plan.batch).compile()
 
@@ -169,28 +170,36 @@ def program(parts: Parts, mesh: Mesh, steps: int) -> Program:
 
 def build(recipe: configs.Recipe, workdir: Path, dataset: Dataset | None) -> Parts:
     """The parts of the run in `workdir`; its tokenizer is its own where it has one, else trained or loaded, and kept."""
-    return assemble(recipe, _tokenizer(recipe, workdir, dataset))
+    tokenizer = None if recipe.data.captions == "none" else _tokenizer(recipe, workdir, dataset)
+    return assemble(recipe, tokenizer, facts.of_run(recipe, workdir, dataset))
 
 
-def assemble(recipe: configs.Recipe, tokenizer: Tokenizer) -> Parts:
-    """Method and batch spec of a recipe for a tokenizer. Raises ValueError for towers that cannot be."""
-    given = recipe.text
-    text = given._replace(vocab_size=given.vocab_size or tokenizer.vocab_size, eos_id=given.eos_id or tokenizer.eos, mask_id=given.mask_id or tokenizer.mask or 0)
-    if text.vocab_size < tokenizer.vocab_size:
-        raise ValueError(f"config.text.vocab_size is {text.vocab_size}; the tokenizer has {tokenizer.vocab_size} ids")
+def assemble(recipe: configs.Recipe, tokenizer: Tokenizer | None, run: Run = Run()) -> Parts:
+    """Method and batch spec of a recipe for a tokenizer (None without captions) and a run. Raises ValueError for towers that cannot be."""
+    text = recipe.text
+    if tokenizer is not None:
+        text = text._replace(vocab_size=text.vocab_size or tokenizer.vocab_size, eos_id=text.eos_id or tokenizer.eos, mask_id=text.mask_id or tokenizer.mask or 0)
+        if text.vocab_size < tokenizer.vocab_size:
+            raise ValueError(f"config.text.vocab_size is {text.vocab_size}; the tokenizer has {tokenizer.vocab_size} ids")
     optim = recipe.optim._replace(groups=lora.groups(recipe.optim.groups)) if recipe.lora.rank else recipe.optim
-    method = lora.wrap(METHODS[recipe.method.name].build(recipe.image, text, recipe.method), recipe.lora, partial(frozen, optim))
+    choice = METHODS[recipe.method.name]
+    options = choice.complete(recipe.method, run)
+    method = lora.wrap(choice.build(recipe.image, text, options), recipe.lora, partial(frozen, optim))
     evals.suits(recipe.evals, recipe.method.name, method)
     size, batch = recipe.data.image_size, recipe.train.batch_size
-    spec = {
-        "image": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32),
-        "tokens": jax.ShapeDtypeStruct((batch, tokenizer.context_length), jnp.int32),
-    }
+    spec = {"image": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)}
+    if tokenizer is not None:
+        spec["tokens"] = jax.ShapeDtypeStruct((batch, tokenizer.context_length), jnp.int32)
+    if recipe.data.label:
+        spec["label"] = jax.ShapeDtypeStruct((batch,), jnp.int32)
     if recipe.augment.views == 2:
         spec["image_aug"] = spec["image"]
     if recipe.data.id:
         spec["id"] = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    return Parts(recipe._replace(text=text, optim=optim), tokenizer, method, spec)
+    if missing := {"tokens", "label"} & set(method.reads) - set(spec):
+        key = {"tokens": "data.captions must not be none", "label": "data.label must name a field"}
+        raise ValueError(f"config.method.name is {recipe.method.name!r}, which reads {' and '.join(sorted(missing))}: {'; '.join(key[k] for k in sorted(missing))}")
+    return Parts(recipe._replace(text=text, optim=optim, method=options), tokenizer, method, spec, run)
 
 
 def evaluate(workdir: Path, overrides: list[str], *, step: int | None = None, ema: bool = False) -> int:

@@ -9,6 +9,7 @@ from running import leaves, metrics
 
 from jaxvl import config as configs, manifest, train
 from jaxvl.mesh import make_mesh
+from jaxvl.methods.method import Run
 from jaxvl.tiny import shrink
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -21,7 +22,8 @@ def test_full_size_in_shapes(file):
     tokenizer = SimpleNamespace(vocab_size=config.tokenizer.vocab_size, context_length=config.tokenizer.context_length, eos=2, mask=3)
     mesh = make_mesh(configs.read(config).mesh)
     with jax.set_mesh(mesh):
-        parts = train.assemble(configs.read(config), tokenizer)
+        recipe = configs.read(config)
+        parts = train.assemble(recipe, None if recipe.data.captions == "none" else tokenizer, Run(classes=getattr(recipe.method, "classes", 0) or 97))
         plan = train.program(parts, mesh, steps=10_000)
         state, metrics = jax.eval_shape(plan.step, plan.state, plan.batch)
     assert jax.tree.structure(state) == jax.tree.structure(plan.state)

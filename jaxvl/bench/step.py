@@ -178,11 +178,12 @@ def tokenizer(recipe: Recipe) -> Any:
 
 def random_batch(parts: Parts) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    image, tokens = parts.spec["image"].shape, parts.spec["tokens"].shape
-    return {
-        "image": rng.integers(0, 256, image, dtype=np.uint8),
-        "tokens": rng.integers(1, parts.tokenizer.vocab_size, tokens, dtype=np.int32),
-    }
+    below = {"tokens": parts.tokenizer.vocab_size if parts.tokenizer else 0, "label": getattr(parts.recipe.method, "classes", 0)}
+    batch = {"image": rng.integers(0, 256, parts.spec["image"].shape, dtype=np.uint8)}
+    for name, shape in parts.spec.items():
+        if below.get(name):
+            batch[name] = rng.integers(int(name == "tokens"), below[name], shape.shape).astype(np.int32)
+    return batch
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

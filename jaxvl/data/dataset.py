@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from jaxvl.data import decode
 from jaxvl.data.cache import Cache, cache_folder
+from jaxvl.data.classes import ClassTable, Wanted, keep_classes
 from jaxvl.data.guard import BadData, table
 from jaxvl.data.labels import class_names
 from jaxvl.data.mixing import quotas
@@ -29,7 +31,11 @@ class DataOptions(NamedTuple):
     "none" needs none. caption_field: the field of KEY.json that has the captions instead. cleaning: what becomes of
     captions (text.py), for all sources or one for each; albef keeps max_words words. label: a field of KEY.json,
     or "cls" for KEY.cls, to deliver as "label". id: a field of KEY.json to deliver as "id", by which samples of one
-    image are known to be of one image, or "sample" where every sample is an image of its own. image_size: pixels a side; crop_scale, crop_ratio, fit, dct_margin,
+    image are known to be of one image, or "sample" where every sample is an image of its own. classes: "" for every sample, its
+    label a word's place among all words or the number itself; "all", "first" or "second" half of the classes, the label a
+    class's place among those kept (classes.py). hierarchy, split_level: where groups of classes come from, and which entry
+    of them is halved instead of the classes. levels: entries that are coarser levels of labels, fine to coarse. per_class:
+    samples of a class in a batch, 0 for a random order (balanced.py). image_size: pixels a side; crop_scale, crop_ratio, fit, dct_margin,
     min_side, max_pixels: see decode.py. resize: where training crops are resized; "device" saves the host the work and
     ships canvases of up to 3.5 times the bytes. group_shards: shards whose samples are shuffled together, 0 for all. chunk:
     samples that one thread prepares at a time. threads (of each process) and workers (processes): 0 and -1 choose by
@@ -46,6 +52,11 @@ class DataOptions(NamedTuple):
     max_words: int = 30
     label: str = ""
     id: str = ""
+    classes: Literal["", "all", "first", "second"] = ""
+    hierarchy: str = ""
+    split_level: int = -1
+    levels: tuple[int, ...] = ()
+    per_class: int = 0
     image_size: int = CROP.size
     crop_scale: tuple[float, float] = CROP.crop_scale
     crop_ratio: tuple[float, float] = CROP.crop_ratio
@@ -72,7 +83,7 @@ class Dataset:
     counts: int64 [shard] usable samples. starts: int64 [shard + 1], the id of each shard's first sample, and the
     number of all. parts: (first, last + 1) shard of each part of the mixture, with `quota` samples in a block
     (mixing.py). classes: the class names that labels are places in, empty where labels are the numbers in the data;
-    ids: likewise of the ids.
+    ids: likewise of the ids. table: where data.classes asks for it, the class of every sample and the groups above.
     """
 
     options: DataOptions
@@ -83,6 +94,7 @@ class Dataset:
     quota: tuple[int, ...]
     classes: tuple[str, ...]
     ids: tuple[str, ...]
+    table: ClassTable | None = None
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -106,6 +118,10 @@ def open_data(options: DataOptions) -> Dataset:
     cleanings = [Cleaning(style, options.max_words) for style in styles]
     sources = tuple(open_source(p, place._replace(cleaning=c)) for p, c in zip(patterns, cleanings, strict=True))
     _refuse_repeats(sources)
+    class_table = None
+    if options.classes:
+        asked = Wanted(options.label, options.classes, options.split_level, options.hierarchy, options.levels)
+        sources, class_table = keep_classes(sources, asked, place.indexes)
     good, bad = sum(int(s.counts.sum()) for s in sources), sum(int(s.bad.sum()) for s in sources)
     if not good or bad > options.max_bad_rate * (good + bad):
         why = f"above data.max_bad_rate={options.max_bad_rate}" if good else "none can be used"
@@ -116,10 +132,13 @@ def open_data(options: DataOptions) -> Dataset:
     counts = np.concatenate([s.counts for s in sources])
     ends = np.cumsum([len(s.counts) for s in sources]).tolist() if options.weights else [len(counts)]
     parts = tuple(zip([0, *ends[:-1]], ends, strict=True))
-    classes = class_names(sources, options.label, place.indexes) if options.label else ()
+    if class_table is not None:
+        classes = class_table.names
+    else:
+        classes = class_names(sources, options.label, place.indexes) if options.label else ()
     ids = class_names(sources, options.id, place.indexes, "data.id") if options.id not in ("", OWN) else ()
     starts = np.append(0, np.cumsum(counts))
-    return Dataset(options, sources, counts, starts, parts, quotas(options.weights or (1.0,)), classes, ids)
+    return Dataset(options, sources, counts, starts, parts, quotas(options.weights or (1.0,)), classes, ids, class_table)
 
 
 def place_of(options: DataOptions) -> Place:
@@ -145,6 +164,23 @@ def check(options: DataOptions) -> None:
         raise ValueError(f"data.cleaning has {wrong[0]!r}; it takes {' or '.join(get_args(Style))}")
     if not isinstance(options.cleaning, str) and len(styles) != len(sources):
         raise ValueError(f"data.cleaning has {len(styles)} entries for {len(sources)} sources; give one for all, or one each")
+    if options.classes and not options.label:
+        raise ValueError(f"data.classes is {options.classes!r}; data.label must name the field of the class")
+    asking = {k: getattr(options, k) for k in ("per_class", "levels", "hierarchy") if getattr(options, k)}
+    if not options.classes and (asking or options.split_level >= 0):
+        key = next(iter(asking), "split_level")
+        raise ValueError(f"data.{key} is {getattr(options, key)!r}, which is read of a table of classes: set data.classes to all, first or second")
+    if (options.levels or options.split_level >= 0) and not options.hierarchy:
+        raise ValueError("data.levels and data.split_level are entries of data.hierarchy, which is empty; name a field, or a pattern re:...")
+    if list(options.levels) != sorted(set(options.levels), reverse=True) or min(options.levels, default=0) < 0:
+        raise ValueError(f"data.levels is {options.levels}; it must fall from fine to coarse entries of the hierarchy, such as (1, 0)")
+    if options.hierarchy.startswith("re:"):
+        try:
+            re.compile(options.hierarchy.removeprefix("re:"))
+        except re.error as error:
+            raise ValueError(f"data.hierarchy is {options.hierarchy!r}, no regular expression: {error}") from None
+    if options.per_class and options.weights:
+        raise ValueError(f"data.per_class is {options.per_class}, which draws classes and not sources; data.weights must be empty")
     if options.resize not in ("host", "device"):
         raise ValueError(f"data.resize is {options.resize!r}; it must be host or device")
     if options.captions not in ("first", "random", "longest", "none"):
@@ -152,6 +188,8 @@ def check(options: DataOptions) -> None:
     for key, low, high in (
         ("image_size", 1, 1 << 14),
         ("max_words", 1, math.inf),
+        ("split_level", -1, math.inf),
+        ("per_class", 0, math.inf),
         ("group_shards", 0, math.inf),
         ("chunk", 1, 1 << 14),
         ("threads", 0, 1 << 10),

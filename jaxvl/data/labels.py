@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def class_names(sources: Sequence[Source], field: str, folder: str, key: str = "
 
 def label_of(meta: dict[str, Any], field: str, places: dict[str, int]) -> int | None:
     """The label of a sample with these fields, None if it has none; `places`: class name to label, empty for numbers."""
-    value = _word(meta.get(field))
+    value = word(meta.get(field))
     return None if value is None else places.get(value) if places else _number(value)
 
 
@@ -47,12 +48,13 @@ def _values(shared: tuple[Sequence[Source], str], job: tuple[int, int]) -> set[s
     (sources, field), (number, shard) = shared, job
     source = sources[number]
     records = (source.read(shard, row, FIELDS) for row in range(int(source.counts[shard])))
-    words = {_word(r.meta.get(field)) for r in records if isinstance(r, Record)}
+    words = {word(r.meta.get(field)) for r in records if isinstance(r, Record)}
     return {w for w in words if w is not None}
 
 
-def _word(value: Any) -> str | None:
-    return str(value) if isinstance(value, str | int) else None
+def word(value: Any) -> str | None:
+    """A value as the name of a class; None for what names none."""
+    return str(value) if isinstance(value, str | Integral) else None
 
 
 def _number(value: str) -> int | None:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxvl.data import keyed
-from jaxvl.data.dataset import Dataset
+from jaxvl.data.balanced import Balanced
+from jaxvl.data.dataset import Dataset, rows_of
 from jaxvl.data.mixing import BLOCK, mixture
 from jaxvl.data.order import sample_order
 
@@ -23,7 +24,17 @@ class Places(NamedTuple):
 
 
 def sample_places(dataset: Dataset, seed: int) -> Places:
-    """Where sample n lies: the mixture picks a part of the dataset, the part's own order the shard and the row."""
+    """Where sample n lies: the mixture picks a part of the dataset, the part's own order the shard and the row.
+
+    With data.per_class the classes take turns instead, and no shard can be told ahead.
+    """
+    if dataset.options.per_class and dataset.table is not None:
+        balanced = Balanced(seed, dataset.table.labels, dataset.options.per_class)
+        return Places(
+            at=lambda n: rows_of(dataset, balanced.at(n)),
+            replace=lambda n, attempt: tuple(int(x) for x in rows_of(dataset, balanced.replace(n, attempt))),  # type: ignore[arg-type, return-value]
+            near=lambda n: (),
+        )
     part_of = mixture(seed, dataset.quota)
     firsts = np.array([first for first, _ in dataset.parts])
     orders = [

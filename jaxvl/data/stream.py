@@ -58,6 +58,8 @@ def train_batches(
     low, high = rows or (0, batch_size)
     if not 0 <= low < high <= batch_size or start < 0:
         raise ValueError(f"rows {low} to {high} of a global batch of {batch_size} from sample {start} are none")
+    if dataset.options.per_class and batch_size % dataset.options.per_class:
+        raise ValueError(f"data.per_class is {dataset.options.per_class}; it must divide the batch of {batch_size}")
     batches = _batches(dataset.options, Train(dataset, tokenizer, seed, views, sides), _Rows(start, ENDLESS, batch_size, low, high))
     batches = fetch_ahead(batches, dataset, sample_places(dataset, seed).near, start, batch_size)
     return watched(batches, dataset.options.max_bad_rate)

@@ -25,9 +25,10 @@ class Kind(NamedTuple):
 
 
 EVALS = {
-    "retrieval": Kind("jaxvl.evals.retrieval", "RetrievalOptions"),
+    "retrieval": Kind("jaxvl.evals.retrieval", "RetrievalOptions", needs="embed_text"),
     "rerank": Kind("jaxvl.evals.rerank", "RerankOptions", needs="score_pair"),
-    "zeroshot": Kind("jaxvl.evals.zeroshot", "ZeroshotOptions"),
+    "zeroshot": Kind("jaxvl.evals.zeroshot", "ZeroshotOptions", needs="embed_text"),
+    "metric_learning": Kind("jaxvl.evals.class_retrieval", "MetricLearningOptions"),
 }
 
 

@@ -47,7 +47,8 @@ class Embedded(NamedTuple):
 
 
 def open_for(
-    data: DataOptions, source: str | Sequence[str], *, captions: Literal["first", "random", "none"] = "first", label: str = "", cleaning: Literal["", "plain", "albef"] = ""
+    data: DataOptions, source: str | Sequence[str], *, captions: Literal["first", "random", "none"] = "first", label: str = "", cleaning: Literal["", "plain", "albef"] = "",
+    classes: Literal["", "all", "first", "second"] = "", hierarchy: str = "", split_level: int = -1,
 ) -> Dataset:
     """The data set of an evaluation, read as the training's, its captions cleaned as `cleaning` says or as the training's.
 
@@ -59,6 +60,7 @@ def open_for(
     styles: set[Style] = {cleaning} if cleaning else {data.cleaning} if isinstance(data.cleaning, str) else set(data.cleaning)
     if len(styles) > 1 and captions != "none":
         raise ValueError(f"data.cleaning differs between the sources of the training ({', '.join(sorted(styles))}); set cleaning here to one of them")
+    data = data._replace(classes=classes, hierarchy=hierarchy, split_level=split_level, levels=(), per_class=0)
     return open_data(data._replace(source=source, weights=(), captions=captions, label=label, id="", cleaning=min(styles)))
 
 
@@ -147,7 +149,7 @@ def _embed(params: Any, batch: dict[str, jax.Array], *, method: Method, augment:
     out = {k: v for k, v in batch.items() if k != "image"}
     if "image" in batch:
         out["image"] = method.embed_image(params, preprocess(batch["image"], None, augment))  # [batch, d]
-    if "tokens" in batch:
+    if "tokens" in batch and method.embed_text is not None:
         tokens = batch["tokens"]  # [batch, captions, token]
         out["text"] = method.embed_text(params, tokens.reshape(-1, tokens.shape[-1])).reshape(*tokens.shape[:2], -1)
     return out

@@ -80,7 +80,8 @@ def plan(recipe: Any, params: Any, offset: int, memory: Any = ()) -> dict[str, L
         _compiles(options.skip)
     wanted = {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     kept = {f"memory/{path_str(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(memory)}
-    image, text = vits.resolve(recipe.image), texts.resolve(recipe.text)
+    image = vits.resolve(recipe.image)
+    text = recipe.text if recipe.data.captions == "none" else texts.resolve(recipe.text)  # without captions there is no text tower
     leaves: dict[str, Leaf] = {}
     faults: list[str] = []
     unread: list[str] = []

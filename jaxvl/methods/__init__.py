@@ -18,10 +18,17 @@ class Choice(NamedTuple):
         values that cannot be."""
         return importlib.import_module(self.module).build(image, text, options)
 
+    def complete(self, options: Any, run: Any) -> Any:
+        """`options` with what a `method.Run` decides filled in, where the module defines `complete`. Raises ValueError where the
+        two contradict each other."""
+        fill = getattr(importlib.import_module(self.module), "complete", None)
+        return fill(options, run) if fill else options
+
 
 METHODS = {
     "clip": Choice("jaxvl.methods.clip", "ClipOptions"),
     "codis": Choice("jaxvl.methods.codis", "CodisOptions"),
+    "hpl": Choice("jaxvl.methods.hpl", "HplOptions"),
     "siglip": Choice("jaxvl.methods.siglip", "SiglipOptions"),
     "tcl": Choice("jaxvl.methods.tcl", "TclOptions"),
 }

@@ -30,12 +30,35 @@ class PairScore(NamedTuple):
     flops: Callable[[int, int, int], dict[str, float]]
 
 
+class Run(NamedTuple):
+    """What a method may need to know of the run it is part of, 0 or empty where it is not known (an evaluation has no steps).
+
+    steps, epoch, warmup: optimiser steps of the run, of one pass over the data, and of the learning rate's warm-up. classes: of the
+    training data. parents: of each class, then of each group of the level before, the group above it.
+    """
+
+    steps: int = 0
+    epoch: int = 0
+    warmup: int = 0
+    classes: int = 0
+    parents: tuple[tuple[int, ...], ...] = ()
+
+
+class Renewed(NamedTuple):
+    """What `Method.refresh` gives back. forget, when: the optimiser's moments of parameters below this path are zeroed where bool []."""
+
+    params: Any
+    memory: Any
+    forget: str
+    when: jax.Array
+
+
 class Method(NamedTuple):
     """Pure functions of explicit arrays; everything but `params` that a method remembers is in `memory`.
 
     A batch on the device holds "image" float [B, S, S, 3], augmented and normalised, and "tokens" int32 [B, L]; with
     augment.views=2 also "image_aug", a second view of the same images, with data.id "id" int32 [B], equal for samples of one
-    image. `batch_spec` is a dict of its shapes and dtypes. `key` is a PRNG key, None where nothing is to be random.
+    image, with data.label "label" int32 [B], with data.captions="none" no "tokens". `batch_spec` is a dict of its shapes and dtypes. `key` is a PRNG key, None where nothing is to be random.
 
     init: (key, batch_spec) -> (params, memory).
     encode: (params, batch, key) -> embeddings, a pytree of floats with leading axis [B]. Row i depends on row i of the batch
@@ -45,10 +68,13 @@ class Method(NamedTuple):
     loss: (params, memory, batch, key) -> (loss, aux), the two above in sequence; see `in_sequence`.
     update: (memory, params, aux) -> memory, after the optimiser's step; `params` are the new ones.
     embed_image: (params, images float [b, S, S, 3]) -> float32 [b, width] of unit norm.
-    embed_text: (params, tokens int32 [b, L]) -> float32 [b, width] of unit norm.
+    embed_text: (params, tokens int32 [b, L]) -> float32 [b, width] of unit norm; None where images are all that is embedded.
     flops: (batch_spec) -> FLOPs of the forward pass of training for one example, a multiply-add counted as two.
     rules: ordered (path pattern, PartitionSpec) pairs that place every leaf of `params` and `memory`.
     score_pair: see PairScore. It and compose are None where a method has no such face.
+    refresh: (params, memory, step int32 []) -> Renewed, before the step; None where nothing is renewed but by gradients. What it renews
+      stays renewed where the step itself is dropped.
+    reads: the arrays of a batch that `loss` needs.
     constrain: (params) -> params, what every step begins with, such as a scalar cut back to its bounds; None for nothing.
     """
 
@@ -58,12 +84,14 @@ class Method(NamedTuple):
     loss: Callable[[Any, Any, Batch, jax.Array | None], tuple[jax.Array, dict]]
     update: Callable[[Any, Any, dict], Any]
     embed_image: Callable[[Any, jax.Array], jax.Array]
-    embed_text: Callable[[Any, jax.Array], jax.Array]
+    embed_text: Callable[[Any, jax.Array], jax.Array] | None
     flops: Callable[[dict], float]
     rules: tuple[tuple[str, PartitionSpec], ...]
     score_pair: PairScore | None = None
     compose: Callable | None = None
     constrain: Callable[[Any], Any] | None = None
+    refresh: Callable[[Any, Any, jax.Array], Renewed] | None = None
+    reads: tuple[str, ...] = ("image", "tokens")
 
 
 def split_key(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:

@@ -1,0 +1,33 @@
+"""HPL from scratch on a few thousand images, tested on classes it has never seen: about a minute on one CPU core.
+
+    jaxvl train --config=configs/hpl_small.py --workdir=runs/glyphs
+    jaxvl train --config=configs/hpl_small.py:emoji --workdir=runs/emoji \
+        --config.data.source="emoji/train-*.tar" --config.evals.val.source="emoji/val-*.tar"
+
+The argument says how many entries of the samples' `hierarchy` field make the given hierarchy: `glyphs` (the default) puts the letter with
+its case and accents taken off above every character, `emoji` the subgroup above every emoji. What the paper compares is one override each:
+
+    --config.method.hierarchy=none                                      the base loss alone, Proxy-Anchor
+    --config.method.hierarchy=given                                     the data's own hierarchy
+    --config.method.coarse_mode=free                                    a learned one (the default), or tied, or frozen
+    --config.method.base_loss=proxy_nca_pp                              Proxy-NCA++, with any of the above
+"""
+from ml_collections import ConfigDict
+
+SETS = {"glyphs": dict(source="glyphs://train", val="glyphs://val", classes=0, level=2), "emoji": dict(source="train-*.tar", val="val-*.tar", level=1)}
+
+
+def get_config(data: str = "glyphs") -> ConfigDict:
+    of = SETS[data]
+    config = ConfigDict()
+    config.seed = 0
+    config.method = dict(name="hpl", width=64, level_weights=(1.0, 0.25), num_coarse=(0,), hierarchy_start="half")
+    config.image = dict(variant="", patch=8, width=96, depth=3, heads=3, mlp_dim=384, pool="mean", class_tokens=0, head_bias=True, dtype="float32")
+    config.data = dict(source=of["source"], image_size=40, crop_scale=(0.6, 1.0), captions="none", label="class", classes="all", hierarchy="hierarchy", levels=(of["level"],), per_class=2)
+    config.augment = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    config.optim = dict(learning_rate=1e-3, schedule="cosine", warmup_steps=40, b2=0.999, eps=1e-8, weight_decay=1e-4, decay="", groups=(("^(proxies|coarse)", 10.0),), clip_norm=0.0, clip_value=10.0)
+    config.train = dict(batch_size=128, steps=500)
+    config.checkpoint = dict(every=500)
+    config.log = dict(every=10)
+    config.evals = dict(val=dict(kind="metric_learning", source=of["val"], every=250))
+    return config

@@ -1,0 +1,37 @@
+"""What a run knows of its data and its length and a method may ask for; what an evaluation needs of it is kept beside the checkpoints."""
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxvl.data.dataset import Dataset
+from jaxvl.methods.method import Run
+
+FILE = "classes.json"  # {"classes": names in the order of the labels, "parents": a_0, a_1, ...}
+
+
+def of_run(recipe: Any, workdir: Path, dataset: Dataset | None) -> Run:
+    """The facts of the run in `workdir`; without its data set, those that it kept.
+
+    Raises ValueError where the classes of the data are not those the run began with: a proxy would become another class's.
+    """
+    file = workdir / FILE
+    kept = json.loads(file.read_text()) if file.is_file() else None
+    if dataset is None:
+        return Run(classes=len(kept["classes"]), parents=tuple(map(tuple, kept["parents"]))) if kept else Run()
+    size, options = len(dataset), recipe.train
+    facts = Run(options.steps or math.ceil(options.epochs * size / options.batch_size), max(size // options.batch_size, 1), recipe.optim.warmup_steps)
+    if dataset.table is None:
+        return facts
+    names, parents = list(dataset.table.names), [list(a) for a in dataset.table.parents]
+    if kept and (kept["classes"], kept["parents"]) != (names, parents):
+        different = sum(a != b for a, b in zip(kept["classes"], names, strict=False)) + abs(len(kept["classes"]) - len(names))
+        raise ValueError(f"the run in {workdir} began with {len(kept['classes'])} classes and the data have {len(names)}, {different} of them others "
+                         f"or in other places, or their groups have changed: give it the data it began with")  # fmt: skip
+    if kept is None and jax.process_index() == 0:
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps({"classes": names, "parents": parents}))
+        partial.rename(file)
+    return facts._replace(classes=len(names), parents=dataset.table.parents)

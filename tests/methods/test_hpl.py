@@ -1,0 +1,138 @@
+"""HPL inside the step: when a hierarchy is learned and renewed, what it moves and what it leaves alone, on one device and on eight."""
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from jaxvl.data.augment import AugmentOptions
+from jaxvl.losses import hierarchy
+from jaxvl.mesh import MeshOptions, make_mesh, place, shardings
+from jaxvl.methods import METHODS
+from jaxvl.methods.hpl import HplOptions, check, complete
+from jaxvl.methods.method import Run
+from jaxvl.models.text import TextOptions
+from jaxvl.models.vit import VitOptions
+from jaxvl.optim import OptimOptions, learning_rate, make_optimizer
+from jaxvl.state import STATE_RULES, create
+from jaxvl.step import make_train_step
+
+IMAGE = VitOptions(variant="", width=8, depth=1, heads=2, mlp_dim=16, patch=4, dtype="float32")
+OPTIM = OptimOptions(learning_rate=0.02, schedule="constant", b2=0.999, weight_decay=1e-4, decay="", clip_norm=0.0, groups=(("^proxies$", 5.0),))
+CLASSES, RUN = 13, Run(steps=8, epoch=2, warmup=1, classes=13, parents=((0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4, 4), (0, 0, 1, 1, 1)))
+SPEC = {"image": jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.float32), "label": jax.ShapeDtypeStruct((16,), jnp.int32)}
+
+
+def options(**kw):
+    return complete(HplOptions(**{"width": 6, "num_coarse": (4,), "hierarchy_start": 2, "refresh_every": 3, "pad_to": 8, "block": 2, "level_weights": (1.0, 0.5)} | kw), RUN)
+
+
+def batch(t):
+    rng = np.random.default_rng(t)
+    return {"image": rng.integers(0, 256, SPEC["image"].shape, np.uint8), "label": rng.integers(0, CLASSES, 16).astype(np.int32)}
+
+
+@cache
+def trained(mesh=None, steps=7, **kw):
+    """[state before each step and after the last], metrics of each step."""
+    method = METHODS["hpl"].build(IMAGE, TextOptions(), options(**kw))
+    params, memory = method.init(jax.random.key(0), SPEC)
+    optim = OPTIM._replace(groups=(*OPTIM.groups, *([("^coarse/", 5.0)] if "coarse" in params else [])))
+    tx = make_optimizer(optim, params, steps)
+    state = create(params, memory, tx.init(params), jax.random.key(1), ema=False)
+    grid = make_mesh(mesh or MeshOptions(1), jax.devices()[: 8 if mesh else 1])
+    with jax.set_mesh(grid):
+        placed = shardings(state, (*STATE_RULES, *method.rules), grid)
+        state = jax.device_put(state, placed)
+        step = make_train_step(method, tx, AugmentOptions(), optim, learning_rate(optim, steps), image_size=8, grad_shardings=placed.params)
+        step = jax.jit(step, out_shardings=(placed, NamedSharding(grid, P())))
+        states, logged = [state], []
+        for t in range(steps):
+            state, metrics = step(state, place(batch(t), grid))
+            states.append(state)
+            logged.append({k: float(v) for k, v in metrics.items()})
+    return states, logged
+
+
+def coarse(state):
+    return state.params["coarse"]["1"] if "coarse" in state.params else state.memory["hierarchy"].coarse[0]
+
+
+def test_a_frozen_hierarchy_is_learned_at_its_start_and_renewed_every_period():
+    states, logged = trained()
+    assert [int(s.memory["refreshed"]) for s in states] == [-1, -1, -1, 2, 2, 2, 5, 5]
+    for t, metrics in enumerate(logged):
+        want = metrics["level_0"] + (0.5 * metrics["level_1"] if t >= 2 else 0)
+        np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)
+    np.testing.assert_array_equal(coarse(states[3]), coarse(states[5]))
+    old, p = states[5], states[5].params["proxies"]
+    again = hierarchy.refresh(p, old.memory["hierarchy"], CLASSES)
+    np.testing.assert_allclose(coarse(states[6]), again.coarse[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(states[6].memory["hierarchy"].parents[0], again.parents[0])
+    assert int(states[3].memory["hierarchy"].counts[0].sum()) == CLASSES
+
+
+def test_eight_devices_train_as_one():
+    quick = dict(coarse_mode="tied", hierarchy_start=1, refresh_every=2, steps=4)
+    one, logged = trained(**quick)
+    many, logged_many = trained(MeshOptions(2, 2, 2), **quick)
+    assert [int(s.memory["refreshed"]) for s in many] == [-1, -1, 1, 1, 3]
+    for a, b in zip(logged, logged_many, strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=2e-4)
+    np.testing.assert_allclose(one[-1].params["proxies"], many[-1].params["proxies"], rtol=2e-2, atol=2e-3)
+    assert many[-1].params["proxies"].sharding.spec == P(("data", "fsdp", "tensor")) and many[-1].memory["hierarchy"].parents[0].sharding.spec == P(("data", "fsdp", "tensor"))
+
+
+def test_free_coarse_proxies_move_and_a_refresh_overwrites_them_and_forgets_their_moments():
+    states, _ = trained(coarse_mode="free")
+    assert np.abs(np.asarray(coarse(states[4])) - np.asarray(coarse(states[3]))).max() > 1e-3
+
+    def first_moment(state):
+        return next(np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state) if ".mu['coarse']" in jax.tree_util.keystr(path))
+
+    kept, _ = trained(coarse_mode="free", reset_moments_on_refresh=False)
+    np.testing.assert_array_equal(coarse(kept[5]), coarse(states[5]))
+    fresh = first_moment(states[6])  # after the refresh a tenth of one gradient
+    np.testing.assert_allclose(first_moment(kept[6]) - 0.9 * first_moment(kept[5]), fresh, rtol=1e-3, atol=1e-6)
+
+
+def test_a_given_hierarchy_is_the_datas_and_stays():
+    states, logged = trained(hierarchy="given", num_coarse=(0, 0), level_weights=(1.0, 0.5, 0.25))
+    above = states[-1].memory["hierarchy"]
+    assert above.parents[0].tolist()[:CLASSES] == list(RUN.parents[0]) and above.counts[0].tolist() == [2, 2, 3, 2, 4]
+    m = logged[0]
+    np.testing.assert_allclose(m["loss"], m["level_0"] + 0.5 * m["level_1"] + 0.25 * m["level_2"], rtol=1e-5)
+    assert sorted(states[-1].params["coarse"]) == ["1", "2"]
+    means, _ = trained(hierarchy="given", num_coarse=(5,), coarse_mode="frozen", steps=4)
+    assert int(means[-1].memory["refreshed"]) == 2
+    unit = lambda p: p / np.linalg.norm(p, axis=1, keepdims=True)
+    p = unit(np.asarray(means[2].params["proxies"])[:2])
+    np.testing.assert_allclose(coarse(means[3])[0], p.mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_no_hierarchy_is_the_base_loss_and_sampling_is_in_the_step():
+    states, logged = trained(hierarchy="none", negative_sampling=0.4, steps=2)
+    assert states[0].memory == () and logged[0]["loss"] == logged[0]["level_0"] and np.isfinite(logged[1]["loss"])
+
+
+def test_options_are_completed_from_the_run_and_refused_by_name():
+    o = complete(HplOptions(), Run(steps=1000, epoch=7, warmup=30, classes=100))
+    assert (o.classes, o.num_coarse, o.hierarchy_start, o.refresh_every, o.coarse_mode) == (100, (10,), 500, 100, "frozen")
+    assert complete(HplOptions(hierarchy_start="end_of_warmup"), Run(warmup=30, classes=4)).hierarchy_start == 30
+    assert complete(HplOptions(hierarchy="given", num_coarse=(0, 0)), RUN).num_coarse == (5, 2)
+    for words, kw in (
+        ("the data give 2 of 3 levels", {"hierarchy": "given", "num_coarse": (0, 0, 0), "level_weights": (1.0,) * 4}),
+        ("classes is 12, but the training data have 13", {"classes": 12}),
+        ("level_weights is \\(1.0,\\); with 1 coarse", {"level_weights": (1.0,)}),
+        ("num_coarse is \\(14,\\)", {"num_coarse": (14,)}),
+        ("negative_sampling is 0.5 with proxy_nca;", {"base_loss": "proxy_nca", "negative_sampling": 0.5}),
+        ("parents has \\(3,\\) entries", {"hierarchy": "given", "parents": ((0, 1, 0),)}),
+        ("names the group 9", {"hierarchy": "given", "parents": ((9,) + (0,) * 12,)}),
+        ("config.method.alpha is 0", {"alpha": 0.0}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check(options(**kw))
+    with pytest.raises(ValueError, match="config.method.classes is 0"):
+        complete(HplOptions(), Run())
