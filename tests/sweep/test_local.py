@@ -14,7 +14,7 @@ from test_plan import ROOT, write
 
 from jaxvl import cli
 from jaxvl.manifest import LockedError
-from jaxvl.sweep import folder as folders, local, run
+from jaxvl.sweep import folder as folders, run
 from jaxvl.sweep.options import SweepError, SweepOptions
 from jaxvl.sweep.prune import falls_behind
 
@@ -136,14 +136,6 @@ def test_an_unknown_metric_stops_the_sweep_and_lists_the_known(tmp_path):
     with pytest.raises(SweepError, match=r"trial 'other' give no 'val/score'; they give: val/also, val/other"):
         sweep(path, folder, workers=2)
     assert statuses(folder)["fine"] == "stopped" and (folder / "fine" / "saved").exists()
-
-
-def test_gpus_are_divided():
-    share = local.share_devices(2, {"CUDA_VISIBLE_DEVICES": "3,5,6,7"})
-    assert [share(0), share(1)] == [{"CUDA_VISIBLE_DEVICES": "3,5"}, {"CUDA_VISIBLE_DEVICES": "6,7"}]
-    assert local.share_devices(1, {}, ["0", "1"])(0) == local.share_devices(2, {"JAX_PLATFORMS": "cpu"}, ["0"])(1) == {}
-    with pytest.raises(SweepError, match="--workers is 2, and there are 3 GPUs"):
-        local.share_devices(2, {}, ["0", "1", "2"])
 
 
 def test_two_real_trials(tmp_path, capsys):

@@ -1,0 +1,123 @@
+"""The processes of one run on this machine, with one fate: python -m jaxvl.group --processes N COMMAND...
+
+Where one member fails the others cannot go on: they are asked to end, killed after a grace period, and all are started anew,
+which continues from the newest whole checkpoint. This is what Slurm or Kubernetes does for a run of many machines.
+"""
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxvl import manifest
+from jaxvl.processes import gpu_shares, tied
+from jaxvl.progress import say
+
+POLL = 0.1  # seconds between two looks at the members
+TERMINATED = 128 + signal.SIGTERM  # also that of a run which SIGTERM has had save and leave
+FOR_A_PERSON = 2  # exit status of what a restart cannot mend: a wrong config, a full disk
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns 0, 143 where SIGTERM stopped the run, or the exit status of the member that failed last."""
+    parser = argparse.ArgumentParser(prog="launch/local", description=__doc__)
+    parser.add_argument("--processes", type=int, required=True, help="members of the run; GPUs are divided among them")
+    parser.add_argument("--restarts", type=int, default=3, help="how often a failed run is started again")
+    parser.add_argument("--grace", type=float, default=30.0, help="seconds between SIGTERM and SIGKILL for the members left by one that failed")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="jaxvl train --config=... --workdir=...")
+    args = parser.parse_args(argv)
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if args.processes < 1 or args.restarts < 0 or args.grace < 0 or not command:
+        parser.error("--processes must be at least 1, --restarts and --grace at least 0, and a command must follow")
+    try:
+        return run(command, processes=args.processes, restarts=args.restarts, grace=args.grace)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def run(command: list[str], *, processes: int, restarts: int, grace: float) -> int:
+    """Run the group until it ends well, is told to stop, or has failed more than `restarts` times. Returns as `main`."""
+    shares = gpu_shares(processes, os.environ)
+    workdir = next((Path(word.partition("=")[2]) for word in command if word.startswith("--workdir=")), None)
+    signals: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for attempt in range(restarts + 1):
+            members = _start(command, shares, workdir)
+            status, words = _watch(members, signals, grace)
+            status = 128 - status if status < 0 else status
+            if signals or status in (0, TERMINATED):
+                return status
+            say(words)
+            if status == FOR_A_PERSON or attempt == restarts:
+                break
+            steps = manifest.whole_steps(workdir / "checkpoints") if workdir else []
+            say(f"restart {attempt + 1} of {restarts}" + (f", from step {steps[0]:,}" if steps else ""))
+        return status
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start(command: list[str], shares: list[dict[str, str]], workdir: Path | None) -> list[subprocess.Popen]:
+    """One process a share. The first speaks for all; what the others say, errors only, is kept beside the run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    members = []
+    for i, share in enumerate(shares):
+        env = {**os.environ, **share}
+        if len(shares) > 1:
+            env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(len(shares)), "JAX_PROCESS_ID": str(i)}
+        if i and workdir:
+            (workdir / "report").mkdir(parents=True, exist_ok=True)
+            with open(workdir / "report" / f"process-{i}.log", "a", encoding="utf-8") as log:
+                members.append(subprocess.Popen(tied(command), env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+        else:
+            members.append(subprocess.Popen(tied(command), env=env, stdin=subprocess.DEVNULL, start_new_session=True))
+    return members
+
+
+def _watch(members: list[subprocess.Popen], signals: list[int], grace: float) -> tuple[int, str]:
+    """Wait until all members have ended: (exit status of the first that failed or 0, what happened in words).
+
+    A first signal is passed on to all, which then save at one step and end; a second one kills them.
+    """
+    first, words, deadline, passed = 0, "", float("inf"), 0
+    while any(member.poll() is None for member in members):
+        if len(signals) > passed:
+            passed = len(signals)
+            _send(members, signal.SIGTERM if passed == 1 else signal.SIGKILL)
+        for i, member in enumerate(members):
+            status = member.poll()
+            if status and not first:
+                first, words = status, f"process {i} of {len(members)} {_ended(status)}"
+                # Members that SIGTERM ended do so together; any other end leaves the rest waiting for a peer that is gone.
+                deadline = time.monotonic() + grace
+                if status not in (TERMINATED, -signal.SIGTERM):
+                    _send(members, signal.SIGTERM)
+        if time.monotonic() > deadline:
+            _send(members, signal.SIGKILL)
+        time.sleep(POLL)
+    failed = [(i, member.returncode) for i, member in enumerate(members) if member.returncode]
+    if not first and failed:
+        first, words = failed[0][1], f"process {failed[0][0]} of {len(members)} {_ended(failed[0][1])}"
+    return first, words
+
+
+def _send(members: list[subprocess.Popen], number: int) -> None:
+    for member in members:
+        if member.poll() is None:
+            os.killpg(member.pid, number)
+
+
+def _ended(status: int) -> str:
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
