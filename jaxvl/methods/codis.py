@@ -41,7 +41,7 @@ from jaxvl.models.vit import VitOptions
 
 
 class CodisOptions(NamedTuple):
-    """The keys of the `method` section for CODIS; those not told here are the trunk's, see `TrunkOptions` in `fused.py`.
+    """The keys of the `method` section for CODIS; those not told here are the trunk's, see `TrunkOptions` in `fused_options.py`.
 
     code: whether L_code and its codebook are there; without, this is ALBEF with intra-modal terms.
     codes: K. code_temperature: τ_c, 0 for the learned temperature of the other terms; a constant of its own is our choice.
