@@ -60,10 +60,12 @@ def parser() -> argparse.ArgumentParser:
         verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
     index.add_argument("--rebuild", action="store_true", help="make the indexes anew; takes back what check --record left out")
     check.add_argument("--record", action="store_true", help="write what cannot be decoded into the index: later runs leave it out")
-    make = data.add_parser("make", help="write shards: the embedded glyphs, or a folder of images with captions")
-    make.add_argument("what", help="glyphs, or a folder of NAME.jpg|png|webp with NAME.txt")
+    make = data.add_parser("make", help="write shards: the embedded glyphs, a folder of images with captions, or an annotation file")
+    make.add_argument("what", help="glyphs, a folder of NAME.jpg|png|webp with NAME.txt, or a .json: Karpathy's splits, or a list of image, caption, image_id")
     make.add_argument("--out", required=True, type=Path)
     make.add_argument("--part", default="train", help="glyphs: train, val or val-seen")
+    make.add_argument("--images", default="", help="annotation file: folder that its paths are below (default: its own)")
+    make.add_argument("--split", default="", help="annotation file: splits to take, such as train,restval (default: all)")
     make.add_argument("--size", type=int, help="glyphs: number of images")
     make.add_argument("--per-shard", type=int, default=1000)
 
@@ -158,7 +160,7 @@ def _data(args: argparse.Namespace, _: list[str]) -> int:
     from jaxvl.data import tools
 
     if args.action == "make":
-        return tools.make(args.what, args.out, part=args.part, size=args.size, per_shard=args.per_shard)
+        return tools.make(args.what, args.out, part=args.part, size=args.size, per_shard=args.per_shard, images=args.images, split=args.split)
     if args.action == "check":
         return tools.check(args.paths, json=args.json, record=args.record, indexes=args.indexes)
     if args.action == "index":

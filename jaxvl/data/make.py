@@ -1,10 +1,10 @@
-"""A folder of images with captions, written as shards."""
+"""A folder of images with captions, or an annotation file and its images, written as shards."""
 
 import csv
 import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,70 @@ def make_shards(folder: Path, out: Path, per_shard: int) -> tuple[list[Path], li
     for number, shard in enumerate(shards):
         _write(shard, number * per_shard, itertools.islice(samples, per_shard))
     return shards, [str(p) for p in sorted(set(images) - set(captioned))]
+
+
+def make_annotated(file: Path, images: Path, out: Path, per_shard: int, splits: tuple[str, ...] = ()) -> tuple[list[Path], list[str]]:
+    """Write the images that an annotation file names, one sample an image with all its captions, as `make_shards` does.
+
+    file: JSON, either Karpathy's splits of COCO and Flickr30K ({"images": [{"filename", "filepath", "sentences": [{"raw"}], "split",
+    "cocoid" or "imgid"}]}) or ALBEF's lists ([{"image", "caption", "image_id"}], where an image may have several entries and a caption
+    may be a list). Paths are below `images`. splits: those of Karpathy's to take, all where none is named. A sample has the
+    fields "image_id" (as in the file, else the image's path), "file" and "captions".
+
+    Returns the shards, and the images that were left out because they have no caption. Raises ValueError for a file of neither kind,
+    a split that it does not have, and images that are not there, naming the first of them; FileExistsError as `make_shards`.
+    """
+    if per_shard < 1:
+        raise ValueError(f"{per_shard} samples a shard are too few; it must be at least 1")
+    samples: dict[str, dict[str, Any]] = {}
+    for path, captions, number in _annotated(file, splits):
+        fields = samples.setdefault(path, {"file": path, "image_id": path if number is None else number, "captions": []})
+        fields["captions"] += [caption for caption in captions if caption.strip() and caption not in fields["captions"]]
+    captioned = {path: fields for path, fields in samples.items() if fields["captions"]}
+    if not captioned:
+        raise ValueError(f"{file} has no image with a caption in {', '.join(splits) or 'any split'}")
+    if missing := [path for path in captioned if not (images / path).is_file()]:
+        raise ValueError(f"{len(missing):,} of {len(captioned):,} images of {file} are not below {images}: {missing[0]} is the first")
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.glob("*.tar")):
+        raise FileExistsError(f"{out} holds shards already; choose an empty folder")
+    written = progress((_annotated_sample(images / path, fields) for path, fields in captioned.items()), len(captioned), "writing shards")
+    shards = [out / f"{number:05d}.tar" for number in range(-(-len(captioned) // per_shard))]
+    for number, shard in enumerate(shards):
+        _write(shard, number * per_shard, itertools.islice(written, per_shard))
+    return shards, sorted(samples.keys() - captioned.keys())
+
+
+def _annotated(file: Path, splits: tuple[str, ...]) -> Iterator[tuple[str, list[str], Any]]:
+    """(path, captions, image id or None) of every entry of an annotation file."""
+    try:
+        content = json.loads(file.read_bytes())
+        entries = content["images"] if isinstance(content, dict) else content
+        if isinstance(content, dict):
+            have = {entry["split"] for entry in entries}
+            if unknown := sorted(set(splits) - have):
+                raise KeyError(f"split {unknown[0]!r}; it has {', '.join(sorted(have))}")
+        elif splits:
+            raise KeyError("splits: a list of images and captions is one")
+        for entry in entries:
+            if isinstance(content, list):
+                caption = entry["caption"]
+                yield entry["image"], caption if isinstance(caption, list) else [caption], entry.get("image_id")
+            elif not splits or entry["split"] in splits:
+                path = "/".join(part for part in (entry.get("filepath", ""), entry["filename"]) if part)
+                yield path, [sentence["raw"] for sentence in entry["sentences"]], entry.get("cocoid", entry.get("imgid"))
+    except KeyError as error:
+        raise ValueError(f"{file} has no {error.args[0]}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no annotation file, neither Karpathy's splits nor a list of images and captions: {error}") from None
+
+
+def _annotated_sample(image: Path, fields: dict[str, Any]) -> dict[str, bytes]:
+    extension = image.suffix[1:].lower()
+    if extension not in IMAGES:
+        raise ValueError(f"{image} is no image by its name; known are {', '.join(IMAGES)}")
+    text, meta = fields["captions"][0].encode(), json.dumps(fields, ensure_ascii=False).encode()
+    return {extension: image.read_bytes(), "txt": text, "json": meta}
 
 
 def _write(shard: Path, first: int, samples: Iterable[dict[str, bytes]]) -> None:

@@ -82,12 +82,23 @@ def stats(paths: Sequence[str], json: bool = False, indexes: str = "", cache: st
     return 0 if good else 1
 
 
-def make(what: str, out: Path, part: str = "train", size: int | None = None, per_shard: int = 1000) -> int:
-    """Write shards into `out`: for "glyphs" `size` images of a `part`, else the images of folder `what`. Returns 0."""
+def make(
+    what: str, out: Path, part: str = "train", size: int | None = None, per_shard: int = 1000, images: str = "", split: str = ""
+) -> int:
+    """Write shards into `out`: for "glyphs" `size` images of a `part`; for an annotation file WHAT.json those of its `images` that are
+    in the splits of `split`, "train,restval"; else the images of folder `what`. Returns 0."""
     from jaxvl.data import glyphs
-    from jaxvl.data.make import make_shards
+    from jaxvl.data.make import make_annotated, make_shards
 
-    if what == "glyphs":
+    annotated = what.endswith(".json")
+    if (images or split) and not annotated:
+        raise ValueError(f"images and split are for an annotation file (.json), which {what!r} is not")
+    if annotated:
+        if size is not None or part != "train":
+            raise ValueError("part and size are for glyphs; of an annotation file the split is chosen")
+        splits = tuple(s for s in split.split(",") if s)
+        shards, left_out = make_annotated(Path(what), Path(images) if images else Path(what).parent, Path(out), per_shard, splits)
+    elif what == "glyphs":
         if per_shard != glyphs.SHARD:
             raise ValueError(f"glyphs come in shards of {glyphs.SHARD}; {per_shard} a shard is for folders")
         shards, left_out = glyphs.write_shards(out, part, size), list[str]()
