@@ -22,12 +22,12 @@ from jaxvl.report.summary import KEPT_OUT, WAYS, finals, last_line, number, reca
 MOST_SHARDS = 40  # rows of the table of bad samples
 CAPTION = 160  # characters of a caption shown
 CODES = {  # what the metrics "codes/..." tell, by the name before _image and _text: title, unit, whether it is drawn from 0
-    "usage_entropy": ("Codes used alike by the students", "entropy / log K", True),
-    "dead": ("Codes below a tenth of an equal share", "codes", True),
-    "agreement": ("Image and text with the same strongest code", "%", True),
-    "target_entropy": ("Spread of one sample over codes", "entropy / log K", True),
-    "nearest": ("Nearest code", "cosine", False),
-    "row_error": ("Error of the plan's row sums", "largest, in shares", True),
+    "usage_entropy": ("Evenness of code use, 1 at best", "", True),
+    "dead": ("Dead codes", "", True),
+    "agreement": ("Image and text agree on a code", "%", True),
+    "target_entropy": ("Spread of a sample, 0: one code", "", True),
+    "nearest": ("Cosine of the nearest code", "", False),
+    "row_error": ("Largest error of a plan's row", "", True),
 }
 
 
