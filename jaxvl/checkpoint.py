@@ -18,9 +18,19 @@ import orbax.checkpoint as ocp
 
 from jaxvl import manifest
 from jaxvl.manifest import DamagedError, whole_steps
-from jaxvl.restore import Restored, agree, array_type, leaves_by_path, read_leaves, restore, restore_params, verified
+from jaxvl.restore import (
+    Restored,
+    agree,
+    array_type,
+    leaves_by_path,
+    read_leaves,
+    restore,
+    restore_memory,
+    restore_params,
+    verified,
+)
 
-__all__ = ["CheckpointOptions", "Restored", "SaveError", "Saver", "best_step", "check", "open_saver", "read_leaves", "restore", "restore_params", "verified", "whole_steps"]
+__all__ = ["CheckpointOptions", "Restored", "SaveError", "Saver", "best_step", "check", "open_saver", "read_leaves", "restore", "restore_memory", "restore_params", "verified", "whole_steps"]
 
 log = logging.getLogger(__name__)
 # The operating system's words, which say it all; anything else is shown with its traceback through Orbax and TensorStore.

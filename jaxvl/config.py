@@ -26,6 +26,7 @@ from jaxvl.evals import EVALS
 from jaxvl.interop.initial import InitOptions
 from jaxvl.mesh import MeshOptions
 from jaxvl.methods import METHODS
+from jaxvl.models.kinds import KINDS
 from jaxvl.models.lora import LoraOptions
 from jaxvl.models.text import TextOptions
 from jaxvl.models.vit import VitOptions
@@ -130,14 +131,14 @@ def complete(config: ConfigDict) -> ConfigDict:
         elif name == "method":
             out[name] = _filled(section, _choice(section, METHODS, name, "name"), name, "name")
         else:
-            out[name] = _filled(section, SECTIONS[name], name)
+            out[name] = _filled(section, _options(name, section), name)
     return ConfigDict(out, convert_dict=True)
 
 
 def read(config: ConfigDict) -> Recipe:
     """The typed recipe of a config. Raises ConfigError naming the first key that is unknown or has a wrong type."""
     plain = complete(config).to_dict()
-    sections = {name: _typed(kind, plain[name], name) for name, kind in SECTIONS.items()}
+    sections = {name: _typed(_options(name, plain[name]), plain[name], name) for name in SECTIONS}
     method = _typed(_choice(plain["method"], METHODS, "method", "name"), plain["method"], "method")
     evals = {k: _typed(_choice(v, EVALS, f"evals.{k}", "kind"), v, f"evals.{k}") for k, v in plain["evals"].items()}
     recipe = Recipe(seed=_cast(plain["seed"], int, "seed"), method=method, evals=evals, **sections)
@@ -154,6 +155,20 @@ def read(config: ConfigDict) -> Recipe:
     if (train.steps > 0) == (train.epochs > 0):
         raise ConfigError(f"config.train: set either steps or epochs above 0 (steps is {train.steps}, epochs is {train.epochs})")
     return recipe
+
+
+def _options(name: str, section: dict) -> Any:
+    """The tuple of a section's keys; a tower's is that of its kind, by default the first there is."""
+    if name not in KINDS:
+        return SECTIONS[name]
+    kinds = KINDS[name]
+    return kinds[_known_kind(section.get("kind", next(iter(kinds))), kinds, name)].options
+
+
+def _known_kind(kind: Any, kinds: dict[str, Any], name: str) -> str:
+    if kind not in kinds:
+        raise ConfigError(f"config.{name}.kind is {kind!r}; it must be one of {', '.join(kinds)}{_near(kind, kinds)}")
+    return kind
 
 
 def _choice(section: dict, options: dict[str, Any], where: str, key: str) -> type:

@@ -70,6 +70,14 @@ def restore_params(folder: Path, abstract_params: Any, *, ema: bool = False, ste
     return found
 
 
+def restore_memory(folder: Path, abstract_memory: Any, *, step: int | None = None) -> Restored:
+    """`restore` of what the method remembers alone."""
+    found = _restore(folder, abstract_memory, step, "memory/")
+    if found is None:
+        raise FileNotFoundError(f"{folder} has no checkpoint")
+    return found
+
+
 def _restore(folder: Path, abstract: Any, step: int | None, prefix: str) -> Restored | None:
     found = verified(folder, step)
     if found is None:

@@ -30,7 +30,7 @@ def make_train_step(
 
     batch: {"image": uint8 [B, S, S, 3], "tokens": int32 [B, L] or "label": int32 [B], ...}, or with data.resize="device" canvases [B, C, C, 3] as "image"
     and the crops in them as "frame" float32 [B, 6], resized here to `image_size`; with augment.views=2 "image_aug" (and "frame_aug")
-    likewise; with augment.hflip="unsided" bool "sided" [B]. metrics: scalars, those of `aux` among them.
+    likewise; with data.triplets "image_reference"; with augment.hflip="unsided" bool "sided" [B]. metrics: scalars, those of `aux` among them.
     grad_shardings: the params' shardings; without the pin XLA may keep whole gradients on every device.
     A step whose loss or gradient norm is not finite changes nothing but `step`, `position` and the `skipped` count.
     """
@@ -40,7 +40,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         key_pixels, key_model = jax.random.split(key)
         # The halves of a split are fold_in(key, 0) and fold_in(key, 1), so the second view takes the next.
-        views = {"image": key_pixels, "image_aug": jax.random.fold_in(key, 2)}
+        views = {"image": key_pixels, "image_aug": jax.random.fold_in(key, 2), "image_reference": jax.random.fold_in(key, 3)}
 
         def seen(image: str, key: jax.Array) -> jax.Array:
             frame = image.replace("image", "frame")
@@ -48,7 +48,7 @@ def make_train_step(
             return preprocess(pixels, key, augment, batch.get("sided"))
 
         seen_views = {image: seen(image, key) for image, key in views.items() if image in batch}
-        batch = {k: v for k, v in batch.items() if k not in ("frame", "frame_aug", "sided")} | seen_views
+        batch = {k: v for k, v in batch.items() if k not in ("frame", "frame_aug", "frame_reference", "sided")} | seen_views
 
         if method.constrain is not None:
             state = state._replace(params=method.constrain(state.params))

@@ -1,7 +1,14 @@
 """A recipe shrunk until it runs in seconds on a laptop: the same code paths, small sizes, the embedded set."""
 from ml_collections import ConfigDict
 
+from jaxvl.data.text import TRAINED
+from jaxvl.data.triplets import SIBLINGS
+
 TOWER = dict(variant="", width=32, depth=2, heads=2, mlp_dim=64)
+TINY = {
+    "vit": dict(**TOWER, patch=8), "resnet": dict(depth=0, stages=(1, 1, 1, 1), width=8), "mobilenet": dict(multiplier=0.125),
+    "transformer": dict(**TOWER, vocab_size=0), "lstm": dict(vocab_size=0, word_dim=16, width=32),
+}  # fmt: skip
 
 
 def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDict:
@@ -10,9 +17,9 @@ def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDic
     Method, switches, mesh axes in use, precision and evaluations stay; parallel axes above 1 become 2. Batches divide over `devices`.
     """
     small = config.copy_and_resolve_references()
-    small.image.update(**TOWER, patch=8)
-    small.text.update(**TOWER, vocab_size=0)
-    small.tokenizer.update(name="bpe", vocab_size=512, context_length=16)
+    small.image.update(TINY[config.image.kind])
+    small.text.update(TINY[config.text.kind])
+    small.tokenizer.update(name=config.tokenizer.name if config.tokenizer.name in TRAINED else "bpe", vocab_size=512, context_length=16)
     small.data.update(source="glyphs://train?size=256", weights=(), image_size=32, group_shards=2, chunk=8, threads=1, workers=0)
     small.init.update(image="", text="", whole="", image_adapter="", text_adapter="")
     small.method.width = 16
@@ -26,13 +33,19 @@ def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDic
         small.data.update(label="class", classes="all", hierarchy="hierarchy" if depth else "", split_level=-1, levels=(2, 1, 0)[:depth])
         small.data.per_class = 2 if config.data.per_class else 0
         small.optim.hold = tuple((pattern, min(n, 1)) for pattern, n in config.optim.hold)
+    if config.data.triplets and config.data.triplets != SIBLINGS:
+        small.data.update(triplets="attributes" if config.data.attributes else "beside", attributes=("style", "weight", "slant") if config.data.attributes else ())
+    if "first_stage" in small.method:
+        small.method.first_stage = min(config.method.first_stage, 1)
     small.optim.update(warmup_steps=min(config.optim.warmup_steps, steps - 1, 1), cooldown_steps=min(config.optim.cooldown_steps, 1), epochs=min(config.optim.epochs, steps))
     small.train.update(batch_size=2 * devices * config.train.accumulate, steps=steps, epochs=0.0)
     small.mesh.update(data=-1, fsdp=min(config.mesh.fsdp, 2), tensor=min(config.mesh.tensor, 2))
     small.checkpoint.update(every=1)
     small.log.update(every=1, tensorboard=False, wandb="")
     for section in small.evals.values():
-        section.update(source="glyphs://val-seen?size=40", every=0)
+        section.update(source="glyphs://val?size=60" if section.kind == "composed" else "glyphs://val-seen?size=40", every=0)
+        if section.kind == "composed":
+            section.triplets = "beside"
         if section.kind == "metric_learning":
             section.update(source="glyphs://val?size=40", gallery="", label="class", classes="all", hierarchy="", split_level=-1)
     return small

@@ -27,7 +27,7 @@ from jaxvl.data.text import TRAINED, Tokenizer, load_tokenizer, train_tokenizer
 from jaxvl.interop import initial
 from jaxvl.mesh import BATCH, make_mesh, place, process_rows, shardings, start_processes
 from jaxvl.methods import METHODS
-from jaxvl.methods.method import Method, Run
+from jaxvl.methods.method import Method, Run, for_faces
 from jaxvl.models import lora
 from jaxvl.optim import frozen, learning_rate, make_optimizer
 from jaxvl.progress import say
@@ -98,7 +98,7 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
             state = restored.state if restored else initial.fill(start, jax.jit(plan.init, out_shardings=plan.out_shardings[0])(jax.random.key(recipe.seed)))
             step = restored.step if restored else 0
             say(f"{'continuing at' if restored else 'starting at'} step {step} of {steps}, {sum(p.size for p in jax.tree.leaves(state.params)):,} parameters")
-            log.start(step=step, steps=steps, batch_size=batch_size, samples_per_epoch=len(dataset),
+            log.start(step=step, steps=steps, batch_size=batch_size, samples_per_epoch=dataset.epoch,
                       flops_per_sample=3 * parts.method.flops(parts.spec), chips=jax.device_count(), device_kind=jax.devices()[0].device_kind)  # fmt: skip
             log.bad(dataset.bad)
             batches = stack.enter_context(closing(train_batches(
@@ -124,7 +124,7 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
                 due = {k: e for k, e in recipe.evals.items() if step == steps or (e.every and step % e.every == 0)}
                 if due:
                     with log.pause("eval"):
-                        values, galleries = evals.run(due, parts.method, state.params, parts.tokenizer, recipe.data, recipe.augment)
+                        values, galleries = evals.run(due, parts.method, for_faces(parts.method, state.params, state.memory), parts.tokenizer, recipe.data, recipe.augment)
                     log.write(step, values, galleries)
                 if stop(step):
                     save(block=True)
@@ -156,7 +156,7 @@ def program(parts: Parts, mesh: Mesh, steps: int) -> Program:
     on_device = recipe.data.resize == "device"
     canvas = canvas_side(decode_options(recipe.data)) if on_device else side
     host: dict[str, jax.ShapeDtypeStruct] = {}
-    for suffix in ("", "_aug")[: recipe.augment.views]:
+    for suffix in [*("", "_aug")[: recipe.augment.views], *["_reference"] * bool(recipe.data.triplets)]:
         host[f"image{suffix}"] = jax.ShapeDtypeStruct((batch_size, canvas, canvas, 3), jnp.uint8)
         if on_device:
             host[f"frame{suffix}"] = jax.ShapeDtypeStruct((batch_size, 6), jnp.float32)
@@ -178,7 +178,8 @@ def assemble(recipe: configs.Recipe, tokenizer: Tokenizer | None, run: Run = Run
     """Method and batch spec of a recipe for a tokenizer (None without captions) and a run. Raises ValueError for towers that cannot be."""
     text = recipe.text
     if tokenizer is not None:
-        text = text._replace(vocab_size=text.vocab_size or tokenizer.vocab_size, eos_id=text.eos_id or tokenizer.eos, mask_id=text.mask_id or tokenizer.mask or 0)
+        known = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos, "mask_id": tokenizer.mask or 0}
+        text = text._replace(**{key: getattr(text, key) or value for key, value in known.items() if key in text._fields})
         if text.vocab_size < tokenizer.vocab_size:
             raise ValueError(f"config.text.vocab_size is {text.vocab_size}; the tokenizer has {tokenizer.vocab_size} ids")
     optim = recipe.optim._replace(groups=lora.groups(recipe.optim.groups)) if recipe.lora.rank else recipe.optim
@@ -194,6 +195,15 @@ def assemble(recipe: configs.Recipe, tokenizer: Tokenizer | None, run: Run = Run
         spec["label"] = jax.ShapeDtypeStruct((batch,), jnp.int32)
     if recipe.augment.views == 2:
         spec["image_aug"] = spec["image"]
+    if recipe.data.triplets:
+        if method.compose is None:
+            raise ValueError(f"config.data.triplets is {recipe.data.triplets!r}, but the method {recipe.method.name} composes no queries; leave it empty")
+        for key, plain in (("augment.views", recipe.augment.views == 1), ("augment.hflip", recipe.augment.hflip != "unsided"), ("data.id", not recipe.data.id)):
+            if not plain:
+                raise ValueError(f"config.{key} cannot be set with data.triplets, whose batches have two images and three texts a row")
+        spec["image_reference"] = spec["image"]
+        spec |= {f"tokens_{name}": spec["tokens"] for name in ("reference", "modification")}
+        spec |= {name: jax.ShapeDtypeStruct((batch,), jnp.int32) for name in ("id", "id_reference")}
     if recipe.data.id:
         spec["id"] = jax.ShapeDtypeStruct((batch,), jnp.int32)
     if missing := {"tokens", "label"} & set(method.reads) - set(spec):
@@ -226,13 +236,18 @@ def read_recipe(workdir: Path, overrides: list[str]) -> configs.Recipe:
 
 
 def read_params(parts: Parts, workdir: Path, mesh: Mesh | None, *, step: int | None = None, ema: bool = False) -> checkpoint.Restored:
-    """The parameters of a run's checkpoint, split over `mesh`, or as numpy arrays without one."""
+    """The parameters of a run's checkpoint as the method's faces take them, split over `mesh`, or as numpy arrays without one."""
     key = jax.random.key(parts.recipe.seed)
-    shapes, _ = jax.eval_shape(lambda: parts.method.init(key, parts.spec))
+    params, memory = jax.eval_shape(lambda: parts.method.init(key, parts.spec))
+    shapes = {"params": params, "memory": memory}
     if mesh is not None:
         placed = shardings(shapes, parts.method.rules, mesh)
         shapes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
-    return checkpoint.restore_params(workdir / "checkpoints", shapes, ema=ema, step=step)
+    folder = workdir / "checkpoints"
+    found = checkpoint.restore_params(folder, shapes["params"], ema=ema, step=step)
+    if parts.method.with_memory is None:
+        return found
+    return found._replace(state=for_faces(parts.method, found.state, checkpoint.restore_memory(folder, shapes["memory"], step=found.step).state))
 
 
 def _tokenizer(recipe: configs.Recipe, workdir: Path, dataset: Dataset | None) -> Tokenizer:

@@ -1,6 +1,7 @@
 """Opened data: what the config says, checked, and the samples it leads to."""
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -8,15 +9,17 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from jaxvl.data import decode
+from jaxvl.data import decode, triplets
 from jaxvl.data.cache import Cache, cache_folder
 from jaxvl.data.classes import ClassTable, Wanted, keep_classes
 from jaxvl.data.guard import BadData, table
 from jaxvl.data.labels import class_names
 from jaxvl.data.mixing import quotas
+from jaxvl.data.siblings import SiblingRule
 from jaxvl.data.source import Bad, Place, Record, Source, Want
 from jaxvl.data.sources import open_source
 from jaxvl.data.text import Cleaning
+from jaxvl.data.triplets import Texts, Triplets
 
 CROP = decode.DecodeOptions()
 OWN = "sample"  # data.id of data whose records are the images: the id is the sample's place in the data
@@ -28,14 +31,17 @@ class DataOptions(NamedTuple):
 
     source: patterns of shards (sources.expand) or tfds://. weights: shares of the sources; without, they mix by size.
     captions: which of a sample's captions to train on, the first being KEY.txt, the others "captions" of KEY.json;
-    "none" needs none. caption_field: the field of KEY.json that has the captions instead. cleaning: what becomes of
+    "optional" the first of samples that have one, "none" needs none. caption_field: the field of KEY.json that has the captions instead. cleaning: what becomes of
     captions (text.py), for all sources or one for each; albef keeps max_words words. label: a field of KEY.json,
     or "cls" for KEY.cls, to deliver as "label". id: a field of KEY.json to deliver as "id", by which samples of one
     image are known to be of one image, or "sample" where every sample is an image of its own. classes: "" for every sample, its
     label a word's place among all words or the number itself; "all", "first" or "second" half of the classes, the label a
     class's place among those kept (classes.py). hierarchy, split_level: where groups of classes come from, and which entry
     of them is halved instead of the classes. levels: entries that are coarser levels of labels, fine to coarse. per_class:
-    samples of a class in a batch, 0 for a random order (balanced.py). image_size: pixels a side; crop_scale, crop_ratio, fit, dct_margin,
+    samples of a class in a batch, 0 for a random order (balanced.py). triplets: "beside", "siblings",
+    "attributes" or paths of files, see triplets.py; training samples are then triplets, and with `pairs` each image that is in none
+    as a pair with its caption. triplet_text: what a list of texts for one change is. sibling_rule: see siblings.py. draws: triplets
+    drawn for each image in an epoch. attributes: fields of KEY.json, for triplets "attributes". image_size: pixels a side; crop_scale, crop_ratio, fit, dct_margin,
     min_side, max_pixels: see decode.py. resize: where training crops are resized; "device" saves the host the work and
     ships canvases of up to 3.5 times the bytes. group_shards: shards whose samples are shuffled together, 0 for all. chunk:
     samples that one thread prepares at a time. threads (of each process) and workers (processes): 0 and -1 choose by
@@ -46,7 +52,7 @@ class DataOptions(NamedTuple):
 
     source: str | tuple[str, ...] = ""
     weights: tuple[float, ...] = ()
-    captions: Literal["first", "random", "longest", "none"] = "first"
+    captions: Literal["first", "random", "longest", "optional", "none"] = "first"
     caption_field: str = ""
     cleaning: Style | tuple[Style, ...] = "plain"
     max_words: int = 30
@@ -57,6 +63,12 @@ class DataOptions(NamedTuple):
     split_level: int = -1
     levels: tuple[int, ...] = ()
     per_class: int = 0
+    triplets: str | tuple[str, ...] = ""
+    pairs: bool = True
+    triplet_text: Texts = "joined"
+    sibling_rule: SiblingRule = "substring"
+    draws: int = 1
+    attributes: tuple[str, ...] = ()
     image_size: int = CROP.size
     crop_scale: tuple[float, float] = CROP.crop_scale
     crop_ratio: tuple[float, float] = CROP.crop_ratio
@@ -83,7 +95,8 @@ class Dataset:
     counts: int64 [shard] usable samples. starts: int64 [shard + 1], the id of each shard's first sample, and the
     number of all. parts: (first, last + 1) shard of each part of the mixture, with `quota` samples in a block
     (mixing.py). classes: the class names that labels are places in, empty where labels are the numbers in the data;
-    ids: likewise of the ids. table: where data.classes asks for it, the class of every sample and the groups above.
+    ids: likewise of the ids. table: where data.classes asks for it, the class of every sample and the groups above. triplets: the training
+    samples where data.triplets asks for them.
     """
 
     options: DataOptions
@@ -95,14 +108,21 @@ class Dataset:
     classes: tuple[str, ...]
     ids: tuple[str, ...]
     table: ClassTable | None = None
+    triplets: Triplets | None = None
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     @property
+    def epoch(self) -> int:
+        """Training samples in a pass over the data."""
+        return self.triplets.number + len(self.triplets.alone) if self.triplets else len(self)
+
+    @property
     def bad(self) -> Iterator[Bad]:
         """The samples, and with an empty key the shards, that are known to be bad and are not in the order."""
-        return (bad for source in self.sources for bad in source.known())
+        missing = self.triplets.missing if self.triplets else ()
+        return itertools.chain((bad for source in self.sources for bad in source.known()), missing)
 
 
 def open_data(options: DataOptions) -> Dataset:
@@ -138,14 +158,36 @@ def open_data(options: DataOptions) -> Dataset:
         classes = class_names(sources, options.label, place.indexes) if options.label else ()
     ids = class_names(sources, options.id, place.indexes, "data.id") if options.id not in ("", OWN) else ()
     starts = np.append(0, np.cumsum(counts))
-    return Dataset(options, sources, counts, starts, parts, quotas(options.weights or (1.0,)), classes, ids, class_table)
+    found = open_triplets(options, sources, int(starts[-1])) if options.triplets else None
+    return Dataset(options, sources, counts, starts, parts, quotas(options.weights or (1.0,)), classes, ids, class_table, found)
+
+
+def open_triplets(options: DataOptions, sources: tuple[Source, ...], images: int) -> Triplets:
+    """The training samples that data.triplets names. Raises ValueError where there are none."""
+    if options.triplets == triplets.SIBLINGS:
+        found = triplets.of_captions(triplets.captions(sources), options.sibling_rule, options.draws)
+    elif options.triplets == triplets.ATTRIBUTES:
+        found = triplets.of_attributes(triplets.attributes(sources, options.attributes), options.draws)
+    else:
+        rows, missing = triplets.read_files(triplet_files(options, sources), triplets.keys(sources))
+        found = triplets.listed(rows, images, options.triplet_text, missing)
+    if not found.number:
+        raise ValueError(f"data.triplets is {options.triplets!r}, but no two samples of {', '.join(s.name for s in sources)} are siblings")
+    return found if options.pairs else found._replace(alone=found.alone[:0])
+
+
+def triplet_files(options: DataOptions, sources: tuple[Source, ...]) -> list[str]:
+    """The files that data.triplets names."""
+    if options.triplets == triplets.BESIDE:
+        return triplets.files_beside(shard for source in sources for shard in source.shards)
+    return [options.triplets] if isinstance(options.triplets, str) else list(options.triplets)
 
 
 def place_of(options: DataOptions) -> Place:
     """The part of `options` that opening a source reads."""
     folder = cache_folder(options.cache)
     cache = Cache(str(folder), int(options.cache_gb * 2**30))
-    return Place(options.indexes or str(folder / "index"), cache, options.captions != "none", options.caption_field)
+    return Place(options.indexes or str(folder / "index"), cache, options.captions not in ("optional", "none"), options.caption_field)
 
 
 def check(options: DataOptions) -> None:
@@ -183,8 +225,14 @@ def check(options: DataOptions) -> None:
         raise ValueError(f"data.per_class is {options.per_class}, which draws classes and not sources; data.weights must be empty")
     if options.resize not in ("host", "device"):
         raise ValueError(f"data.resize is {options.resize!r}; it must be host or device")
-    if options.captions not in ("first", "random", "longest", "none"):
-        raise ValueError(f"data.captions is {options.captions!r}; it must be first, random, longest or none")
+    if options.captions not in ("first", "random", "longest", "optional", "none"):
+        raise ValueError(f"data.captions is {options.captions!r}; it must be first, random, longest, optional or none")
+    if options.captions == "optional" and not options.triplets:
+        raise ValueError("data.captions is 'optional', which is for triplets; a sample without caption is no pair")
+    if (options.triplets == triplets.ATTRIBUTES) != bool(options.attributes):
+        raise ValueError(f"data.attributes is {options.attributes}; it must name fields where data.triplets is 'attributes', and nothing otherwise")
+    if options.triplets and options.weights:
+        raise ValueError("data.weights shares out samples, but with data.triplets the samples are triplets, whose images may be in any source")
     for key, low, high in (
         ("image_size", 1, 1 << 14),
         ("max_words", 1, math.inf),
@@ -192,6 +240,7 @@ def check(options: DataOptions) -> None:
         ("per_class", 0, math.inf),
         ("group_shards", 0, math.inf),
         ("chunk", 1, 1 << 14),
+        ("draws", 1, 1 << 10),
         ("threads", 0, 1 << 10),
         ("workers", -1, 1 << 10),
         ("prefetch", 1, 1 << 10),
@@ -240,12 +289,14 @@ def read_samples(dataset: Dataset, ids: Sequence[int] | np.ndarray, want: Want =
 
 
 def captions(dataset: Dataset, most: int = 1_000_000) -> Iterator[str]:
-    """The captions of at most `most` samples, spread evenly: what a tokenizer is trained on."""
+    """The captions of at most `most` samples, spread evenly, and texts of triplets: what a tokenizer is trained on."""
     ids = np.linspace(0, len(dataset), min(most, len(dataset)), endpoint=False).astype(np.int64)
-    want = Want(image=False, alternates=dataset.options.captions in ("random", "longest"), fields=False)
+    want = Want(image=False, captions=dataset.options.captions != "none", alternates=dataset.options.captions in ("random", "longest"), fields=False)
     for record in read_samples(dataset, ids, want):
         if isinstance(record, Record):
             yield from record.captions
+    if dataset.triplets:
+        yield from dataset.triplets.texts
 
 
 def _refuse_repeats(sources: Sequence[Source]) -> None:

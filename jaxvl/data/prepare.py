@@ -40,7 +40,7 @@ class Prepare:
 
     def load(self, shard: int, row: int, pixels: Callable[[bytes], Any]) -> tuple[Record, Any, dict[str, int]] | Bad:
         """A sample with its decoded image and the numbers asked for (its label, its id), or why there is none."""
-        record = read(self.dataset, shard, row, self.want)
+        record = self.read(shard, row)
         if isinstance(record, Bad):
             return record
         numbers: dict[str, int | None] = {k: label_of(record.meta, *wanted) for k, wanted in self.fields.items() if wanted[0] != OWN}
@@ -54,6 +54,10 @@ class Prepare:
                 reason = error.reason
         source, shard = source_of(self.dataset, shard)
         return Bad(source.shards[shard], record.key, reason)
+
+    def read(self, shard: int, row: int) -> Record | Bad:
+        """What is wanted of a sample."""
+        return read(self.dataset, shard, row, self.want)
 
     def arrays(self, number: int, size: int) -> dict[str, np.ndarray]:
         """Zeros for images of `size` pixels a side, and the labels and ids if asked for, of so many samples."""
@@ -120,7 +124,7 @@ class Train(Prepare):
                 arrays[k][i] = number
             ids[i] = self.dataset.starts[shard] + row
             if self.want.captions:
-                texts.append(_choose(record.captions, self.dataset.options.captions, picks[i]))
+                texts.append(choose(record.captions, self.dataset.options.captions, picks[i]))
         if self.want.captions:
             arrays["tokens"] = self.tokenizer.encode_batch(texts)
         if self.sides:
@@ -167,7 +171,8 @@ def _reads_fields(options: DataOptions) -> bool:
     return bool(options.label) or options.id not in ("", OWN)
 
 
-def _choose(captions: Sequence[str], how: str, pick: float) -> str:
+def choose(captions: Sequence[str], how: str, pick: float) -> str:
+    """The caption that data.captions means; `pick` is in [0, 1)."""
     if how == "random":
         return captions[int(pick * len(captions))]
     return max(captions, key=len) if how == "longest" else captions[0]

@@ -25,4 +25,5 @@ REASONS = {
     "tiny": "the image is smaller than data.min_side",
     "unlabelled": "the field that data.label names is missing",
     "unidentified": "the field that data.id names is missing",
+    "missing": "a triplet names an image that no shard has",
 }

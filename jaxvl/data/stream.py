@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxvl.data.ahead import fetch_ahead
+from jaxvl.data.composed import Queries, Trios
 from jaxvl.data.dataset import DataOptions, Dataset, open_data, read_samples, rows_of
 from jaxvl.data.guard import BadData, watched
 from jaxvl.data.indexing import cores
@@ -36,6 +37,7 @@ __all__ = [
     "Want",
     "eval_batches",
     "open_data",
+    "query_batches",
     "read_samples",
     "train_batches",
 ]
@@ -51,7 +53,7 @@ def train_batches(
 
     arrays: "image" uint8 [b, S, S, 3], with `views` 2 "image_aug" too, another crop; "tokens" int32 [b, L] unless
     data.captions is "none"; "label" and "id" int32 [b] where data.label and data.id ask for them; with `sides` "sided"
-    bool [b], whether the caption says left or right. b is hi - lo. Close the iterator to stop its threads and processes. Raises ValueError
+    bool [b], whether the caption says left or right. With data.triplets the samples are triplets, see composed.Trios. b is hi - lo. Close the iterator to stop its threads and processes. Raises ValueError
     for rows outside the batch; from the iterator, BadData when too many samples cannot be used and OSError when a
     shard cannot be read.
     """
@@ -60,8 +62,10 @@ def train_batches(
         raise ValueError(f"rows {low} to {high} of a global batch of {batch_size} from sample {start} are none")
     if dataset.options.per_class and batch_size % dataset.options.per_class:
         raise ValueError(f"data.per_class is {dataset.options.per_class}; it must divide the batch of {batch_size}")
-    batches = _batches(dataset.options, Train(dataset, tokenizer, seed, views, sides), _Rows(start, ENDLESS, batch_size, low, high))
-    batches = fetch_ahead(batches, dataset, sample_places(dataset, seed).near, start, batch_size)
+    prepare: Any = Trios(dataset, tokenizer, seed) if dataset.triplets else Train(dataset, tokenizer, seed, views, sides)
+    near = (lambda _: range(len(dataset.counts))) if dataset.triplets else sample_places(dataset, seed).near  # a triplet's images may be in any shard
+    batches = _batches(dataset.options, prepare, _Rows(start, ENDLESS, batch_size, low, high))
+    batches = fetch_ahead(batches, dataset, near, start, batch_size)
     return watched(batches, dataset.options.max_bad_rate)
 
 
@@ -86,6 +90,19 @@ def eval_batches(
         return range(first, min(last + 2, len(dataset.counts)))
 
     return fetch_ahead(batches, dataset, near, 0, batch_size)
+
+
+def query_batches(
+    dataset: Dataset, tokenizer: Any, images: np.ndarray, texts: list[str], *, batch_size: int, rows: tuple[int, int] | None = None
+) -> Generator[Batch]:
+    """Composed queries in order, image `images[i]` (an id) with text i: this process's rows [lo, hi) of every global batch.
+
+    arrays: see composed.Queries; rows that cannot be used and those that fill up the last batch have valid False.
+    """
+    low, high = rows or (0, batch_size)
+    asked = _Rows(0, -(-len(images) // batch_size), batch_size, low, high)
+    batches = _batches(dataset.options, Queries(dataset, tokenizer, images, texts), asked)
+    return fetch_ahead(batches, dataset, lambda _: range(len(dataset.counts)), 0, batch_size)
 
 
 class _Rows(NamedTuple):

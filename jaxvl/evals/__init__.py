@@ -25,6 +25,7 @@ class Kind(NamedTuple):
 
 
 EVALS = {
+    "composed": Kind("jaxvl.evals.composed", "ComposedOptions", needs="compose"),
     "retrieval": Kind("jaxvl.evals.retrieval", "RetrievalOptions", needs="embed_text"),
     "rerank": Kind("jaxvl.evals.rerank", "RerankOptions", needs="score_pair"),
     "zeroshot": Kind("jaxvl.evals.zeroshot", "ZeroshotOptions", needs="embed_text"),

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxvl.data import decode
 from jaxvl.data.augment import AugmentOptions, preprocess
 from jaxvl.data.dataset import Style, decode_options
-from jaxvl.data.stream import Bad, DataOptions, Dataset, Want, eval_batches, open_data, read_samples
+from jaxvl.data.stream import Bad, DataOptions, Dataset, Want, eval_batches, open_data, query_batches, read_samples
 from jaxvl.mesh import place, process_rows
 from jaxvl.methods.method import Method
 
@@ -60,7 +60,7 @@ def open_for(
     styles: set[Style] = {cleaning} if cleaning else {data.cleaning} if isinstance(data.cleaning, str) else set(data.cleaning)
     if len(styles) > 1 and captions != "none":
         raise ValueError(f"data.cleaning differs between the sources of the training ({', '.join(sorted(styles))}); set cleaning here to one of them")
-    data = data._replace(classes=classes, hierarchy=hierarchy, split_level=split_level, levels=(), per_class=0)
+    data = data._replace(classes=classes, hierarchy=hierarchy, split_level=split_level, levels=(), per_class=0, triplets="", attributes=())
     return open_data(data._replace(source=source, weights=(), captions=captions, label=label, id="", cleaning=min(styles)))
 
 
@@ -103,6 +103,19 @@ def embed_texts(model: Model, texts: Sequence[str], batch_size: int) -> np.ndarr
             yield _embed(model.params, place({"tokens": batch[low:high, None]}, model.mesh), method=model.method, augment=model.augment)
 
     return np.concatenate([part["text"][:, 0] for part in fetch(batches())])[: len(tokens)]
+
+
+def embed_queries(model: Model, dataset: Dataset, images: np.ndarray, texts: list[str], batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Composed embeddings of images (ids) and texts, and of the texts alone, float32 [query, d], and which are usable, bool [query]."""
+    size = whole_batch(model, batch_size)
+
+    def outputs() -> Iterator[dict[str, jax.Array]]:
+        for batch in query_batches(dataset, model.tokenizer, images, texts, batch_size=size, rows=process_rows(model.mesh, size)):
+            yield _compose(model.params, place(batch.arrays, model.mesh), method=model.method, augment=model.augment)
+
+    parts = list(fetch(outputs()))
+    composed, text, valid = (np.concatenate([p[k] for p in parts])[: len(images)] for k in ("composed", "text", "valid"))
+    return composed, text, valid
 
 
 def whole_batch(model: Model, batch_size: int) -> int:
@@ -153,3 +166,11 @@ def _embed(params: Any, batch: dict[str, jax.Array], *, method: Method, augment:
         tokens = batch["tokens"]  # [batch, captions, token]
         out["text"] = method.embed_text(params, tokens.reshape(-1, tokens.shape[-1])).reshape(*tokens.shape[:2], -1)
     return out
+
+
+@partial(jax.jit, static_argnames=("method", "augment"))
+def _compose(params: Any, batch: dict[str, jax.Array], *, method: Method, augment: AugmentOptions) -> dict[str, jax.Array]:
+    assert method.compose is not None
+    tokens = batch["tokens"][:, 0]
+    composed = method.compose(params, preprocess(batch["image"], None, augment), tokens)
+    return {"composed": composed, "text": method.embed_text(params, tokens), "valid": batch["valid"]}

@@ -18,8 +18,7 @@ import jax
 from jaxvl import checkpoint
 from jaxvl.interop import albef, load, tensors
 from jaxvl.interop.published import Fused, Published
-from jaxvl.models.text import TextOptions
-from jaxvl.models.vit import VitOptions
+from jaxvl.models import kinds
 from jaxvl.progress import say
 
 FILE, FORMAT = "model.json", 1
@@ -90,7 +89,7 @@ def read(folder: str | Path) -> Origin:
     if body.get("format") != FORMAT:
         raise ValueError(f"{file}: format {body.get('format')}, but this version of jaxvl reads format {FORMAT}; import it again")
     m = body["model"]
-    options = {name: options_of(kind, m[name]) if m[name] else None for name, kind in (("image", VitOptions), ("text", TextOptions))}
+    options = {name: tower_options(name, m[name]) if m[name] else None for name in ("image", "text")}
     fused = Fused(**m["fused"]) if m.get("fused") else None
     return Origin(Published(**{**m, **options, "scalars": tuple(m["scalars"]), "fused": fused}), body["source"], body["prefix"])
 
@@ -103,12 +102,20 @@ def tower(folder: str | Path, name: str) -> dict[str, Any]:
     options = getattr(read(folder).model, name)
     if options is None:
         raise ValueError(f"{folder} has no {name} tower")
-    return {k: v for k, v in options._asdict().items() if v != options._field_defaults[k] and k not in ("head", "head_bias")}
+    plain = {"vit", "transformer"}  # the kinds that a section without one has
+    told = lambda k, v: v not in plain if k == "kind" else v != options._field_defaults[k] and k not in ("head", "head_bias")
+    return {k: v for k, v in options._asdict().items() if told(k, v)}
 
 
 def options_of(kind: Any, section: dict[str, Any]) -> Any:
     """A tower's options of a JSON section; keys of another version are left out."""
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in section.items() if k in kind._fields})
+
+
+def tower_options(name: str, section: dict[str, Any]) -> Any:
+    """A tower's options of its section of a config or a model.json, of whichever kind it is."""
+    found = kinds.KINDS[name]
+    return options_of(found[section.get("kind", next(iter(found)))].options, section)
 
 
 def _plain(model: Published) -> dict[str, Any]:

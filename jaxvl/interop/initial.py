@@ -16,8 +16,7 @@ from jaxvl import checkpoint, manifest
 from jaxvl.interop import importing, peft
 from jaxvl.interop.positions import Method, resize_table
 from jaxvl.mesh import path_str
-from jaxvl.models import text as texts, vit as vits
-from jaxvl.models.text import TextOptions
+from jaxvl.models import kinds, vit as vits
 from jaxvl.models.vit import VitOptions
 from jaxvl.progress import say
 
@@ -25,7 +24,7 @@ STEP, FILLED = "memory/step", "memory/filled"  # a method's own count of steps, 
 # Options that do not change what the weights of a tower mean: how it is trained and run, and what is read from its top.
 FREE = {
     "variant", "head", "head_bias", "pooler", "pool", "vocab_size", "eos_id", "pad_id", "mask_id", "positions", "mask_token", "patch_dropout", "drop_remainder",
-    "dropout", "attention_dropout", "drop_path", "init_std", "scan", "remat", "attention", "dtype",
+    "dropout", "attention_dropout", "drop_path", "init_std", "scan", "remat", "attention", "dtype", "statistics",
 }  # fmt: skip
 
 
@@ -65,8 +64,8 @@ class Source(NamedTuple):
     """A folder's towers: options of each, and how its image positions are resized."""
 
     checkpoints: Path
-    image: VitOptions | None
-    text: TextOptions | None
+    image: Any  # options of a tower of any kind, or None
+    text: Any
     positions: Method
 
 
@@ -80,12 +79,12 @@ def plan(recipe: Any, params: Any, offset: int, memory: Any = ()) -> dict[str, L
         _compiles(options.skip)
     wanted = {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     kept = {f"memory/{path_str(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(memory)}
-    image = vits.resolve(recipe.image)
-    text = recipe.text if recipe.data.captions == "none" else texts.resolve(recipe.text)  # without captions there is no text tower
+    image = kinds.of(recipe.image).resolve(recipe.image, "image")
+    text = recipe.text if recipe.data.captions == "none" else kinds.of(recipe.text).resolve(recipe.text, "text")  # without captions there is no text tower
     leaves: dict[str, Leaf] = {}
     faults: list[str] = []
     unread: list[str] = []
-    grid = vits.grid(image, recipe.data.image_size, recipe.data.image_size)
+    grid = vits.grid(image, recipe.data.image_size, recipe.data.image_size) if isinstance(image, VitOptions) else (0, 0)
 
     def take(key: str, source: Source, names: dict[str, str]) -> None:
         """Plans the leaves of `names`, our path -> the saved one."""
@@ -114,7 +113,9 @@ def plan(recipe: Any, params: Any, offset: int, memory: Any = ()) -> dict[str, L
         theirs = getattr(source, name)
         if theirs is None:
             raise ValueError(f"config.init.{name}: {folder} has no {name} tower")
-        names = {path: path for path in wanted if path.startswith(name + "/")}
+        # Running statistics are parameters of a tower whose normalisation is frozen, and in the memory of one that takes the batch's.
+        saved, layer = _saved(source.checkpoints), lambda path: path.removeprefix(STATISTICS)
+        names = {path: layer(path) if layer(path) in saved else STATISTICS + layer(path) for path in (*wanted, *kept) if layer(path).startswith(name + "/")}
         fused = next((leaf.shape[0] for path, leaf in wanted.items() if path.startswith("fusion/blocks/")), 0)
         if name == "text" and fused and theirs.depth == ours.depth + fused:
             theirs = theirs._replace(depth=ours.depth)
@@ -191,7 +192,7 @@ def _open(folder: str, key: str) -> Source:
     if not (root / "config.json").is_file() or not (root / "checkpoints").is_dir():
         raise ValueError(f"config.init.{key}: {folder} is neither a folder of `jaxvl import` nor the workdir of a run")
     config = json.loads((root / "config.json").read_text())
-    image, text = importing.options_of(VitOptions, config["image"]), importing.options_of(TextOptions, config["text"])
+    image, text = (importing.tower_options(name, config[name]) for name in ("image", "text"))
     return Source(root / "checkpoints", image, text, "bicubic")
 
 
@@ -272,11 +273,16 @@ def _queues(leaves: dict[str, Leaf], kept: dict[str, Any]) -> None:
 
 
 def _differences(name: str, folder: str, ours: Any, theirs: Any, allowed: tuple[str, ...]) -> list[str]:
+    if ours.kind != theirs.kind:
+        return [f"config.{name}.kind is {ours.kind!r}; {folder} holds a {theirs.kind!r}"]
     # The pool is free, and a run's config leaves the id that one of them needs, and the vocabulary, to its tokenizer.
-    left = {"pool": "mean"} if name == "image" else {"pool": "mean", "vocab_size": theirs.vocab_size or ours.vocab_size}
-    theirs = (vits if name == "image" else texts).resolve(theirs._replace(**left))
+    left = {"pool": ours.pool} | ({} if name == "image" else {"vocab_size": theirs.vocab_size or ours.vocab_size})
+    left |= {"pool": "mean"} if ours.kind in ("vit", "transformer") else {}
+    theirs = kinds.of(theirs).resolve(theirs._replace(**left), name)
 
     def same(o: Any) -> dict[str, Any]:
+        if o.kind not in ("vit", "transformer"):
+            return o._asdict()
         alike = {"kv_heads": getattr(o, "kv_heads", 0) or o.heads, "layer_scale": o.layer_scale > 0, "head_dim": getattr(o, "head_dim", 0) or o.width // o.heads}
         return {**o._asdict(), **{k: v for k, v in alike.items() if k in o._fields}}
 

@@ -29,6 +29,7 @@ METHODS = {
     "clip": Choice("jaxvl.methods.clip", "ClipOptions"),
     "codis": Choice("jaxvl.methods.codis", "CodisOptions"),
     "hpl": Choice("jaxvl.methods.hpl", "HplOptions"),
+    "jvsm": Choice("jaxvl.methods.jvsm", "JvsmOptions"),
     "siglip": Choice("jaxvl.methods.siglip", "SiglipOptions"),
     "tcl": Choice("jaxvl.methods.tcl", "TclOptions"),
 }

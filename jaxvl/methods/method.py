@@ -72,6 +72,10 @@ class Method(NamedTuple):
     flops: (batch_spec) -> FLOPs of the forward pass of training for one example, a multiply-add counted as two.
     rules: ordered (path pattern, PartitionSpec) pairs that place every leaf of `params` and `memory`.
     score_pair: see PairScore. It and compose are None where a method has no such face.
+    compose: (params, images float [b, S, S, 3], tokens int32 [b, L]) -> float32 [b, width] of unit norm, the query that means each
+      image changed as its text says.
+    with_memory: (params, memory) -> the params that embed_image, embed_text, score_pair and compose take, where they need some of the
+      memory (running statistics); None where the trained ones will do. See `for_faces`.
     refresh: (params, memory, step int32 []) -> Renewed, before the step; None where nothing is renewed but by gradients. What it renews
       stays renewed where the step itself is dropped.
     reads: the arrays of a batch that `loss` needs.
@@ -88,10 +92,16 @@ class Method(NamedTuple):
     flops: Callable[[dict], float]
     rules: tuple[tuple[str, PartitionSpec], ...]
     score_pair: PairScore | None = None
-    compose: Callable | None = None
+    compose: Callable[[Any, jax.Array, jax.Array], jax.Array] | None = None
+    with_memory: Callable[[Any, Any], Any] | None = None
     constrain: Callable[[Any], Any] | None = None
     refresh: Callable[[Any, Any, jax.Array], Renewed] | None = None
     reads: tuple[str, ...] = ("image", "tokens")
+
+
+def for_faces(method: Method, params: Any, memory: Any) -> Any:
+    """The params that the inference faces of a method take."""
+    return params if method.with_memory is None else method.with_memory(params, memory)
 
 
 def split_key(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxvl.losses.sigmoid import sigmoid
 from jaxvl.methods.method import Batch, Method, in_sequence, unchanged
 from jaxvl.methods.towers import towers, with_head
-from jaxvl.models import vit as vits
+from jaxvl.models import kinds
 from jaxvl.models.text import TextOptions
 from jaxvl.models.vit import VitOptions
 
@@ -45,8 +45,9 @@ def build(image: VitOptions, text: TextOptions, options: SiglipOptions = SiglipO
     """SigLIP with params {"image", "text", "t", "b"} and no memory. Raises ValueError for options that cannot be."""
     if options.width < 0:
         raise ValueError(f"config.method.width is {options.width}; it must be positive, or 0 for the image tower's width")
-    image = vits.resolve(with_head(image, options.width, "image") if options.width else image)
-    encoders = towers(image, with_head(text, image.head or image.width, "text"))
+    kind = kinds.of(image)
+    image = kind.resolve(with_head(image, options.width, "image") if options.width else image, "image")
+    encoders = towers(image, with_head(text, image.head or kind.features(image), "text"))
 
     def init(key: jax.Array, batch_spec: dict) -> tuple[dict, tuple]:
         t, b = jnp.float32(options.temperature), jnp.float32(options.bias)

@@ -7,11 +7,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxvl.methods.method import Batch, split_key, unit
-from jaxvl.models import text as texts, vit as vits
-from jaxvl.models.flops import text_flops, vit_flops
+from jaxvl.models import kinds
 from jaxvl.models.rules import RULES
-from jaxvl.models.text import TextOptions
-from jaxvl.models.vit import VitOptions
 
 
 class Towers(NamedTuple):
@@ -29,18 +26,20 @@ class Towers(NamedTuple):
     rules: tuple[tuple[str, PartitionSpec], ...]
 
 
-def towers(image: VitOptions, text: TextOptions) -> Towers:
-    """Both towers, with the `head` their options name. Raises ValueError where they do not end in one width."""
-    image, text = vits.resolve(image), texts.resolve(text)
-    width, text_width = image.head or image.width, text.head or text.width
+def towers(image: Any, text: Any) -> Towers:
+    """Both towers, of any kind (models/kinds.py), with the `head` their options name. Raises ValueError where they do not end in one width."""
+    kinds.row_wise(image)
+    of_image, of_text = kinds.of(image), kinds.of(text)
+    image, text = of_image.resolve(image, "image"), of_text.resolve(text, "text")
+    width, text_width = image.head or of_image.features(image), text.head or of_text.features(text)
     if width != text_width:
         raise ValueError(f"the image tower ends in {width} channels and the text tower in {text_width}; set config.method.width to project both")
-    vit, transformer = vits.Vit(image), texts.Text(text)
+    vision, language = of_image.module(image), of_text.module(text)
 
     def init(key: jax.Array, batch_spec: dict) -> dict:
         key_image, key_text = jax.random.split(key)
         one = {k: jnp.zeros((1, *batch_spec[k].shape[1:]), dtype) for k, dtype in (("image", jnp.float32), ("tokens", jnp.int32))}
-        return {"image": vit.init(key_image, one["image"])["params"], "text": transformer.init(key_text, one["tokens"])["params"]}
+        return {"image": vision.init(key_image, one["image"])["params"], "text": language.init(key_text, one["tokens"])["params"]}
 
     def embed(tower: Any, params: dict, inputs: jax.Array, key: jax.Array | None = None) -> jax.Array:
         return unit(tower.apply({"params": params}, inputs, rngs=None if key is None else {"dropout": key}).pooled)
@@ -48,19 +47,19 @@ def towers(image: VitOptions, text: TextOptions) -> Towers:
     def encode(params: dict, batch: Batch, key: jax.Array | None) -> dict[str, jax.Array]:
         key_image, key_text = split_key(key)
         return {
-            "image": embed(vit, params["image"], batch["image"], key_image),
-            "text": embed(transformer, params["text"], batch["tokens"], key_text),
+            "image": embed(vision, params["image"], batch["image"], key_image),
+            "text": embed(language, params["text"], batch["tokens"], key_text),
         }
 
     def flops(batch_spec: dict) -> float:
         (batch, height, wide, _), (_, length) = batch_spec["image"].shape, batch_spec["tokens"].shape
-        return vit_flops(image, height, wide, train=True) + text_flops(text, length) + 2.0 * batch * width
+        return of_image.flops(image, height, wide, True) + of_text.flops(text, length) + 2.0 * batch * width
 
     return Towers(
         init,
         encode,
-        embed_image=lambda params, images: embed(vit, params["image"], images),
-        embed_text=lambda params, tokens: embed(transformer, params["text"], tokens),
+        embed_image=lambda params, images: embed(vision, params["image"], images),
+        embed_text=lambda params, tokens: embed(language, params["text"], tokens),
         flops=flops,
         rules=RULES,
     )

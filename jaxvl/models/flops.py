@@ -3,7 +3,7 @@
 Matrix products only, the whole attention matrix also where it is causal; XLA's own count cannot serve, since it takes the
 body of a scan once. A training step is three times the forward pass, whatever is rematerialised.
 """
-from jaxvl.models import text, vit
+from jaxvl.models import lstm, mobilenet, resnet, text, vit
 from jaxvl.models.parts import BlockOptions
 
 
@@ -45,3 +45,43 @@ def text_flops(options: text.TextOptions, length: int) -> float:
     o = text.resolve(options)
     block = text.block_options(o)
     return o.depth * block_flops(block, length) + _pooled(o, block, length)
+
+
+def lstm_flops(options: lstm.LstmOptions, length: int) -> float:
+    """One text of `length` tokens, padding included."""
+    o = options
+    return 2.0 * (length * 4 * o.width * (o.word_dim + o.width) + o.width * o.head)
+
+
+def resnet_flops(options: resnet.ResnetOptions, height: int, width: int) -> float:
+    """One image of height x width pixels."""
+    o = resnet.resolve(options)
+    halve = lambda n: -(-n // 2)
+    height, width = halve(height), halve(width)
+    total, into = height * width * 7 * 7 * 3 * o.width, o.width
+    height, width = halve(height), halve(width)
+    for stage, blocks in enumerate(o.stages):
+        inside = o.width * 2**stage
+        out = inside * resnet.EXPANSION
+        for block in range(blocks):
+            before = height * width
+            if stage and not block:
+                height, width = halve(height), halve(width)
+            area = height * width
+            total += before * into * inside + area * inside * (9 * inside + out) + (area * into * out if into != out or before != area else 0)
+            into = out
+    return 2.0 * (total + into * o.head)
+
+
+def mobilenet_flops(options: mobilenet.MobilenetOptions, height: int, width: int) -> float:
+    """One image of height x width pixels."""
+    o, halve = options, lambda n: -(-n // 2)
+    height, width, into = halve(height), halve(width), mobilenet.channels(options, mobilenet.STEM)
+    total = height * width * 9 * 3 * into
+    for full, stride in mobilenet.BLOCKS:
+        if stride == 2:
+            height, width = halve(height), halve(width)
+        out = mobilenet.channels(o, full)
+        total += height * width * into * (9 + out)
+        into = out
+    return 2.0 * (total + into * o.head)

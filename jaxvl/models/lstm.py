@@ -14,7 +14,6 @@ class LstmOptions(NamedTuple):
 
     kind: Literal["lstm"] = "lstm"
     vocab_size: int = 0  # rows of the embedding table; at least the tokenizer's size
-    eos_id: int = 0  # the tokenizer's end-of-text id, a word like any other here
     pad_id: int = 0
     word_dim: int = 512
     width: int = 1024  # channels of the hidden state

@@ -39,6 +39,15 @@ RULES: tuple[tuple[str, P], ...] = (
     (_START + r"pos$", P(None, "fsdp")),
     (_START + r"(?:cls|distill|registers|mask_token)$", P()),
     (_START + r"(?:norm|pre_norm|embed_norm)/(?:scale|bias)$", P()),
+    # Convolutional towers, whose every map of normalisation is named ...norm or ...norm1.
+    (_START + r"(?:stem|shortcut|conv\d|depthwise\d+|pointwise\d+)/kernel$", P(None, None, None, "fsdp")),
+    (_START + r"(?:\w+_)?norm\d?/(?:scale|bias|mean|var)$", P()),
+    (_START + r"lstm_(?:in|hidden)$", P("fsdp", None)),
+    (_START + r"(?:lstm_bias|start_hidden|start_cell)$", P()),
+    # Compositions and joint projections.
+    (_START + r"compose/(?:\w+/)?spatial_gate/kernel$", P()),
+    (_START + r"(?:compose|joint)/(?:\w+/)?\w+/kernel$", P("fsdp", None)),
+    (_START + r"(?:compose|joint)/(?:\w+/)?(?:\w+/bias|a|r|w)$", P()),
     (_START + r"(?:pooler|head|mlm/transform)/kernel$", P("fsdp", None)),
     (_START + r"(?:pooler|head|mlm/transform)/bias$", P()),
     (_START + r"(?:lm_head|mlm/decoder)/kernel$", P(("fsdp", "tensor"), None)),

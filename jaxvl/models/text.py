@@ -60,10 +60,13 @@ class TextOptions(NamedTuple):
     remat: parts.Remat = "none"
     attention: parts.Kernel = "auto"
     dtype: parts.Dtype = "bfloat16"
+    kind: Literal["transformer"] = "transformer"
 
 
 def resolve(options: TextOptions, section: str = "text") -> TextOptions:
     """Options with every size filled in and every value checked. Raises ValueError naming key, value and remedy."""
+    if options.kind != "transformer":
+        raise ValueError(f"config.{section}.kind is {options.kind!r}, but what is asked for takes a 'transformer'")
     o = sized(options, options.variant, section)._replace(variant="")
     if o.vocab_size < 2:
         raise ValueError(f"{section}.vocab_size={o.vocab_size}: set it to the size of the tokenizer")

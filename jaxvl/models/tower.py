@@ -25,6 +25,7 @@ class Tower(NamedTuple):
     tokens: jax.Array  # [batch, token, width], after the final norm, in the compute dtype
     hidden: jax.Array | None = None  # [depth + 1, batch, token, width]: the embedding, then each layer
     keys_values: tuple[jax.Array, jax.Array] | None = None  # each [depth, batch, token, kv_head, head_width]
+    maps: tuple[jax.Array, ...] | None = None  # of a convolutional tower, finest first, each [batch, height, width, channel]
 
 
 def sized(options: Any, variant: str, section: str) -> Any:

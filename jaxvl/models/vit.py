@@ -44,10 +44,13 @@ class VitOptions(NamedTuple):
     remat: parts.Remat = "none"
     attention: parts.Kernel = "auto"
     dtype: parts.Dtype = "bfloat16"
+    kind: Literal["vit"] = "vit"
 
 
 def resolve(options: VitOptions, section: str = "image") -> VitOptions:
     """Options with every size filled in and every value checked. Raises ValueError naming key, value and remedy."""
+    if options.kind != "vit":
+        raise ValueError(f"config.{section}.kind is {options.kind!r}, but what is asked for takes a 'vit'")
     size, _, patch = options.variant.partition("/")
     if options.variant and not (patch.isdigit() or options.patch):
         raise ValueError(f'{section}.variant={options.variant!r} has no patch size: write it as "B/16"')
