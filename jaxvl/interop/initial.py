@@ -20,6 +20,7 @@ from jaxvl.models import kinds, vit as vits
 from jaxvl.models.vit import VitOptions
 from jaxvl.progress import say
 
+STATISTICS = "memory/batch_stats/"  # running averages of normalisation, by the path of their layer
 STEP, FILLED = "memory/step", "memory/filled"  # a method's own count of steps, and of queue entries that were written
 # Options that do not change what the weights of a tower mean: how it is trained and run, and what is read from its top.
 FREE = {

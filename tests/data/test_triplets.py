@@ -1,5 +1,6 @@
 """Triplets as training samples: the order contract, pairs among them, missing images, texts of one change, and drawn siblings."""
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,7 +58,7 @@ def test_a_sample_is_a_function_of_seed_and_number(glyphs):
 def test_an_epoch_is_every_triplet_and_every_image_in_none(glyphs):
     keys = {key: i for i, key in enumerate(r.key for r in read_samples(glyphs, np.arange(len(glyphs)), Want(image=False, captions=False)))}
     path = triplets.files_beside(glyphs.sources[0].shards)[0]
-    lines = [json.loads(line) for line in open(path)]
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     listed = sorted((keys[t["reference"]], keys[t["target"]]) for t in lines)
     used = {i for pair in listed for i in pair}
     assert glyphs.epoch == len(lines) + 256 - len(used) and len(used) < 256

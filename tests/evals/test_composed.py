@@ -1,5 +1,6 @@
 """Composed retrieval against brute force: several targets, the reference left out, categories, protocols, text and image both ways."""
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ def world():
     pixels = np.stack([decode.decode_eval(r.image, decode_options(DATA)) for r in records])
     images = np.asarray(IMAGE({}, preprocess(jnp.asarray(pixels), None, AugmentOptions())))
     path = composed.files(ComposedOptions(source=SOURCE), dataset)[0]
-    return [r.key for r in records], [r.captions[0] for r in records], images, [json.loads(line) for line in open(path)]
+    return [r.key for r in records], [r.captions[0] for r in records], images, [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def brute(world, lines, gallery, ks, same_caption=False, exclude=True):
@@ -104,7 +105,7 @@ def test_numbers_are_those_of_brute_force(world, tmp_path):
 
 
 def test_protocols_and_categories(world, tmp_path):
-    keys, captions, _, lines = world
+    keys, _, _, lines = world
     half = [{**t, "category": "one" if i % 2 else "two", "modification": [t["modification"], "and more"]} for i, t in enumerate(lines[:20])]
     path = tmp_path / "val-triplets.jsonl"
     path.write_text("\n".join(map(json.dumps, [*half, {"reference": "gone", "target": keys[0], "modification": "x"}])))
