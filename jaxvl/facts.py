@@ -21,7 +21,7 @@ def of_run(recipe: Any, workdir: Path, dataset: Dataset | None) -> Run:
     kept = json.loads(file.read_text()) if file.is_file() else None
     if dataset is None:
         return Run(classes=len(kept["classes"]), parents=tuple(map(tuple, kept["parents"]))) if kept else Run()
-    size, options = len(dataset), recipe.train
+    size, options = dataset.epoch, recipe.train
     facts = Run(options.steps or math.ceil(options.epochs * size / options.batch_size), max(size // options.batch_size, 1), recipe.optim.warmup_steps)
     if dataset.table is None:
         return facts

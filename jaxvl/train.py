@@ -198,9 +198,9 @@ def assemble(recipe: configs.Recipe, tokenizer: Tokenizer | None, run: Run = Run
     if recipe.data.triplets:
         if method.compose is None:
             raise ValueError(f"config.data.triplets is {recipe.data.triplets!r}, but the method {recipe.method.name} composes no queries; leave it empty")
-        for key, plain in (("augment.views", recipe.augment.views == 1), ("augment.hflip", recipe.augment.hflip != "unsided"), ("data.id", not recipe.data.id)):
+        for name, plain in (("augment.views", recipe.augment.views == 1), ("augment.hflip", recipe.augment.hflip != "unsided"), ("data.id", not recipe.data.id)):
             if not plain:
-                raise ValueError(f"config.{key} cannot be set with data.triplets, whose batches have two images and three texts a row")
+                raise ValueError(f"config.{name} cannot be set with data.triplets, whose batches have two images and three texts a row")
         spec["image_reference"] = spec["image"]
         spec |= {f"tokens_{name}": spec["tokens"] for name in ("reference", "modification")}
         spec |= {name: jax.ShapeDtypeStruct((batch,), jnp.int32) for name in ("id", "id_reference")}

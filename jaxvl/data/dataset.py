@@ -229,6 +229,10 @@ def check(options: DataOptions) -> None:
         raise ValueError(f"data.captions is {options.captions!r}; it must be first, random, longest, optional or none")
     if options.captions == "optional" and not options.triplets:
         raise ValueError("data.captions is 'optional', which is for triplets; a sample without caption is no pair")
+    if options.triplets and options.captions == "none":
+        raise ValueError("data.captions is 'none', but triplets have texts; 'optional' leaves out the captions that are not there")
+    if options.triplets and (options.label or options.per_class):
+        raise ValueError("data.label and data.per_class are of single images; leave them out with data.triplets")
     if (options.triplets == triplets.ATTRIBUTES) != bool(options.attributes):
         raise ValueError(f"data.attributes is {options.attributes}; it must name fields where data.triplets is 'attributes', and nothing otherwise")
     if options.triplets and options.weights:

@@ -170,7 +170,7 @@ def _embed(params: Any, batch: dict[str, jax.Array], *, method: Method, augment:
 
 @partial(jax.jit, static_argnames=("method", "augment"))
 def _compose(params: Any, batch: dict[str, jax.Array], *, method: Method, augment: AugmentOptions) -> dict[str, jax.Array]:
-    assert method.compose is not None
+    assert method.compose is not None and method.embed_text is not None
     tokens = batch["tokens"][:, 0]
     composed = method.compose(params, preprocess(batch["image"], None, augment), tokens)
     return {"composed": composed, "text": method.embed_text(params, tokens), "valid": batch["valid"]}
