@@ -63,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     make = data.add_parser("make", help="write shards: the embedded glyphs, a folder of images with captions, or an annotation file")
     make.add_argument("what", help="glyphs, a folder of NAME.jpg|png|webp with NAME.txt, or a .json: Karpathy's splits, or a list of image, caption, image_id")
     make.add_argument("--out", required=True, type=Path)
-    make.add_argument("--part", default="train", help="glyphs: train, val or val-seen")
+    make.add_argument("--layout", default="", choices=("", "folders", "sop", "inshop", "inaturalist"), help="of a set with classes instead of captions (data/layouts.py)")
+    make.add_argument("--part", default="train", help="glyphs: train, val or val-seen; a layout: train, test, query, gallery")
     make.add_argument("--images", default="", help="annotation file: folder that its paths are below (default: its own)")
     make.add_argument("--split", default="", help="annotation file: splits to take, such as train,restval (default: all)")
     make.add_argument("--size", type=int, help="glyphs: number of images")
@@ -160,7 +161,7 @@ def _data(args: argparse.Namespace, _: list[str]) -> int:
     from jaxvl.data import tools
 
     if args.action == "make":
-        return tools.make(args.what, args.out, part=args.part, size=args.size, per_shard=args.per_shard, images=args.images, split=args.split)
+        return tools.make(args.what, args.out, part=args.part, size=args.size, per_shard=args.per_shard, images=args.images, split=args.split, layout=args.layout)
     if args.action == "check":
         return tools.check(args.paths, json=args.json, record=args.record, indexes=args.indexes)
     if args.action == "index":

@@ -50,7 +50,7 @@ def make_shards(folder: Path, out: Path, per_shard: int) -> tuple[list[Path], li
     samples = progress((_sample(folder, p, listed) for p in captioned), len(captioned), "writing shards")
     shards = [out / f"{number:05d}.tar" for number in range(-(-len(captioned) // per_shard))]
     for number, shard in enumerate(shards):
-        _write(shard, number * per_shard, itertools.islice(samples, per_shard))
+        write_shard(shard, number * per_shard, itertools.islice(samples, per_shard))
     return shards, [str(p) for p in sorted(set(images) - set(captioned))]
 
 
@@ -82,7 +82,7 @@ def make_annotated(file: Path, images: Path, out: Path, per_shard: int, splits: 
     written = progress((_annotated_sample(images / path, fields) for path, fields in captioned.items()), len(captioned), "writing shards")
     shards = [out / f"{number:05d}.tar" for number in range(-(-len(captioned) // per_shard))]
     for number, shard in enumerate(shards):
-        _write(shard, number * per_shard, itertools.islice(written, per_shard))
+        write_shard(shard, number * per_shard, itertools.islice(written, per_shard))
     return shards, sorted(samples.keys() - captioned.keys())
 
 
@@ -118,7 +118,8 @@ def _annotated_sample(image: Path, fields: dict[str, Any]) -> dict[str, bytes]:
     return {extension: image.read_bytes(), "txt": text, "json": meta}
 
 
-def _write(shard: Path, first: int, samples: Iterable[dict[str, bytes]]) -> None:
+def write_shard(shard: Path, first: int, samples: Iterable[dict[str, bytes]]) -> None:
+    """Write samples {extension: bytes} under keys that count from `first`; the shard appears when it is whole."""
     import webdataset
 
     partial = shard.with_suffix(".partial")

@@ -2,6 +2,9 @@
 
     tfds://coco_captions/2014/train?dir=/data/tfds&caption=captions.text
     tfds://cifar10/test?caption=label
+    tfds://cars196/train                                    metric learning: label, no captions
+    tfds://caltech_birds2011/train?image=image              and label; it has masks, too
+    tfds://stanford_online_products/train                   class_id, and super_class_id as hierarchy
 
 NAME is a prepared set, NAME/CONFIG:VERSION in full, in `dir` or in TFDS's own folder; SPLIT may be a slice such as
 train[:90%]. `image` and `caption` name features, inner ones after a dot; where they are left out, the only image and
@@ -40,6 +43,7 @@ class _Opened(NamedTuple):
     version: str
     lengths: tuple[int, ...]
     image: str
+    images: tuple[str, ...]
     caption: str
 
 
@@ -92,12 +96,12 @@ def _open(asked: _Split) -> _Opened:
         caption = asked.caption or next((c for c in CAPTIONS if c in features), "")
         if caption and caption.partition(".")[0] not in features:
             raise ValueError(f"?caption= must be one of {', '.join(features)}")
-        rows = builder.as_data_source(asked.split, decoders={image: tfds.decode.SkipDecoding()})
+        rows = builder.as_data_source(asked.split, decoders={name: tfds.decode.SkipDecoding() for name in images})  # masks too
         lengths = tuple(builder.info.splits[asked.split].shard_lengths) if asked.split in builder.info.splits else ()
     except (ValueError, OSError, NotImplementedError) as error:
         raise ValueError(f"data.source {asked.pattern!r}: {str(error).splitlines()[0]}") from error
     lengths = lengths if sum(lengths) == len(rows) else (len(rows),)
-    return _Opened(rows, features, str(builder.info.version), lengths, image, caption)
+    return _Opened(rows, features, str(builder.info.version), lengths, image, tuple(images), caption)
 
 
 def _read(asked: _Split, starts: np.ndarray, cleaning: Cleaning, shard: int, row: int, want: Want) -> Record | Bad:
@@ -114,7 +118,7 @@ def _read(asked: _Split, starts: np.ndarray, cleaning: Cleaning, shard: int, row
                 return Bad(f"{asked.pattern}#{shard}", key, error.reason)
     if want.captions and not found:
         return Bad(f"{asked.pattern}#{shard}", key, "nocaption")
-    meta = {k: _plain(opened, k, v) for k, v in example.items() if k != opened.image} if want.fields else {}
+    meta = {k: _plain(opened, k, v) for k, v in example.items() if k not in opened.images} if want.fields else {}
     return Record(key, example[opened.image] if want.image else b"", tuple(dict.fromkeys(found)), meta)
 
 

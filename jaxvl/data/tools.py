@@ -83,11 +83,13 @@ def stats(paths: Sequence[str], json: bool = False, indexes: str = "", cache: st
 
 
 def make(
-    what: str, out: Path, part: str = "train", size: int | None = None, per_shard: int = 1000, images: str = "", split: str = ""
+    what: str, out: Path, part: str = "train", size: int | None = None, per_shard: int = 1000, images: str = "", split: str = "", layout: str = ""
 ) -> int:
     """Write shards into `out`: for "glyphs" `size` images of a `part`; for an annotation file WHAT.json those of its `images` that are
-    in the splits of `split`, "train,restval"; else the images of folder `what`. Returns 0."""
+    in the splits of `split`, "train,restval"; else the images of folder `what`, with captions or, where a `layout` is named, a `part` of
+    them with classes (layouts.py). Returns 0."""
     from jaxvl.data import glyphs
+    from jaxvl.data.layouts import make_classes
     from jaxvl.data.make import make_annotated, make_shards
 
     annotated = what.endswith(".json")
@@ -102,12 +104,16 @@ def make(
         if per_shard != glyphs.SHARD:
             raise ValueError(f"glyphs come in shards of {glyphs.SHARD}; {per_shard} a shard is for folders")
         shards, left_out = glyphs.write_shards(out, part, size), list[str]()
+    elif layout:
+        if size is not None:
+            raise ValueError("size is for glyphs; a set is written whole")
+        shards, left_out = make_classes(layout, Path(what), Path(out), part, per_shard)
     else:
         if size is not None or part != "train":
             raise ValueError("part and size are for glyphs; a folder is written whole")
         shards, left_out = make_shards(Path(what), Path(out), per_shard)
     for path in left_out:
-        print(f"left out, no caption: {path}")
+        print(f"left out, {'missing' if layout else 'no caption'}: {path}")
     print(f"{len(shards)} shards in {out}, {len(left_out)} images left out")
     return 0
 

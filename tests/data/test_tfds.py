@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxvl.data.stream import eval_batches, open_data, read_samples, train_batches
 from tests.data.shards import Letters, number_of, options, picture
@@ -99,3 +100,64 @@ def test_captions_from_any_feature(prepared: Path, tmp_path: Path, caption: str,
 def test_what_cannot_be_opened(prepared: Path, tmp_path: Path, rest: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"data.source 'tfds://.*{message}"):
         open_data(options("tfds://" + rest.format(dir=prepared.parent.parent), tmp_path))
+
+
+def metric_learning_set(called: str, folder: Path) -> Path:
+    """Eight pictures with the features of a prepared metric-learning set."""
+    import tensorflow_datasets as tfds
+
+    f = tfds.features
+    picture_of = f.Image(encoding_format="png")
+    kinds = {
+        "cars196": {"label": f.ClassLabel(names=["Audi Sedan 2012", "BMW SUV 2012", "Acura Sedan 2008", "Dodge SUV 2009"]), "bbox": f.BBoxFeature(), "image": picture_of},
+        "caltech_birds2011": {
+            "image": picture_of, "image/filename": f.Text(), "bbox": f.BBoxFeature(), "segmentation_mask": f.Image(shape=(None, None, 1), encoding_format="png"),
+            "label": f.ClassLabel(names=["001.Black_Gull", "002.Gray_Gull", "003.Barn_Owl", "004.Gray_Owl"]), "label_name": f.Text(),
+        },
+        "stanford_online_products": {"class_id": np.int64, "super_class_id": np.int64, "super_class_id/num": f.ClassLabel(num_classes=12), "image": picture_of},
+    }[called]  # fmt: skip
+    mask = io.BytesIO()
+    Image.new("L", (12, 9)).save(mask, "PNG")
+
+    def example(n: int) -> dict:
+        values = {"label": n % 4, "class_id": 9 + n % 4, "super_class_id": 1 + n % 4 // 2, "super_class_id/num": n % 4 // 2, "bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0)}
+        values |= {"image": io.BytesIO(picture(n)), "image/filename": f"{n}.jpg", "label_name": "", "segmentation_mask": io.BytesIO(mask.getvalue())}
+        return {k: values[k] for k in kinds}
+
+    class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = called
+        VERSION = tfds.core.Version("1.0.0")
+        code_path = None
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            return tfds.core.DatasetInfo(builder=self, features=f.FeaturesDict(kinds))
+
+        def _split_generators(self, _: object) -> dict:
+            return {"train": self._generate_examples(range(5)), "test": self._generate_examples(range(5, 8))}
+
+        def _generate_examples(self, numbers):
+            yield from ((n, example(n)) for n in numbers)
+
+    Made(data_dir=str(folder)).download_and_prepare(file_format="array_record")
+    return folder / called / "1.0.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "query", "label", "hierarchy", "groups"),
+    [
+        ("cars196", "", "label", r"re:(\w+) \d{4}$", ("Sedan",)),
+        ("caltech_birds2011", "?image=image", "label", r"re:_(\w+)$", ("Gull",)),
+        ("stanford_online_products", "", "class_id", "super_class_id", ("1",)),
+    ],
+)
+def test_prepared_metric_learning_sets(name: str, query: str, label: str, hierarchy: str, groups: tuple[str, ...], tmp_path: Path) -> None:
+    root = metric_learning_set(name, tmp_path / "tfds")
+    both = tuple(f"tfds://{root}/{split}{query}" for split in ("train", "test"))
+    how = {"captions": "none", "label": label, "classes": "first", "hierarchy": hierarchy, "levels": (0,)}
+    dataset = open_data(options(both, tmp_path, **how))
+    assert len(dataset.classes) == 2 and dataset.table.groups == (groups,)
+    batch = next(iter(eval_batches(dataset, None, batch_size=len(dataset))))
+    assert batch.arrays["valid"].all() and len(dataset) == 4
+    other = open_data(options(both, tmp_path, **{**how, "classes": "second"}))
+    assert not set(other.classes) & set(dataset.classes) and len(other) == 4
+    assert "tensorflow" not in sys.modules
