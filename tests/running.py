@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ STEPS = 48
 PATIENCE = 400.0  # seconds; a run takes ten
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "tests" / "tiny_config.py"
+RECIPE = "clip_vitb16_cc12m"
 FAST = "--xla_backend_optimization_level=0"  # as in conftest.py
 CLOCKED = ("time/", "samples_per_s", "mfu")  # what a clock measures is never the same twice
 
@@ -40,9 +42,9 @@ def peers(processes: int) -> list[dict[str, str]]:
     return [{"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(i)} for i in range(processes)]
 
 
-def start(workdir: Path, *overrides: str, **env: str) -> subprocess.Popen:
-    """`jaxvl train` of the tiny config, its output in `workdir`.out."""
-    command = [sys.executable, "-m", "jaxvl.cli", "train", f"--config={CONFIG}", f"--workdir={workdir}", *(f"--config.{o}" for o in overrides)]
+def start(workdir: Path, *overrides: str, recipe: str = RECIPE, **env: str) -> subprocess.Popen:
+    """`jaxvl train` of the tiny config of a recipe, its output in `workdir`.out."""
+    command = [sys.executable, "-m", "jaxvl.cli", "train", f"--config={CONFIG}:{recipe}", f"--workdir={workdir}", *(f"--config.{o}" for o in overrides)]
     with open(f"{workdir}.out", "a") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment(**env))
     atexit.register(process.kill)  # where a test fails before it has waited
@@ -109,14 +111,23 @@ def same_run(workdir: Path, reference: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing disturbed; made once, also where several test processes share the work."""
+def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of a recipe that nothing disturbed; made once, also where several test processes share the work."""
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if os.environ.get("PYTEST_XDIST_WORKER") else shared
-    workdir = shared / "reference"
-    with open(shared / "reference.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (workdir / "done").exists():
-            finish(start(workdir), workdir)
-            (workdir / "done").touch()
-    return workdir
+
+    def run(recipe: str) -> Path:
+        workdir = shared / f"reference-{recipe}"
+        with open(shared / f"{recipe}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (workdir / "done").exists():
+                finish(start(workdir, recipe=recipe), workdir)
+                (workdir / "done").touch()
+        return workdir
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def reference(references: Callable[[str], Path]) -> Path:
+    return references(RECIPE)

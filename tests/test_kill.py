@@ -7,14 +7,19 @@ import os
 import random
 import time
 
-from running import STEPS, Progress, finish, reference, same_run, start  # noqa: F401, reference is a fixture
+import pytest
+from running import RECIPE, STEPS, Progress, finish, references, same_run, start  # noqa: F401, references is a fixture
 
 KILLS = int(os.environ.get("JAXVL_KILLS", "5"))
+RECIPES = {RECIPE: KILLS, "tcl_small": KILLS if "JAXVL_KILLS" in os.environ else 2}
 SEED = int(os.environ.get("JAXVL_KILL_SEED", "0"))
 
 
-def test_kill(tmp_path, reference):  # noqa: F811
-    workdir, rng, moments = tmp_path / "run", random.Random(SEED), []
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_kill(tmp_path, references, recipe):  # noqa: F811
+    """RECIPES with teachers and queues in their state are killed half as often where nobody asks for more, for their starts are longer."""
+    reference = references(recipe)
+    workdir, rng, moments, KILLS = tmp_path / "run", random.Random(SEED), [], RECIPES[recipe]
 
     def half_saved() -> set[tuple[str, int]]:
         found = set()
@@ -24,7 +29,7 @@ def test_kill(tmp_path, reference):  # noqa: F811
         return found
 
     for kill in range(KILLS):
-        before, progress, process = half_saved(), Progress(workdir), start(workdir)
+        before, progress, process = half_saved(), Progress(workdir), start(workdir, recipe=recipe)
         if kill % 5 == 4:  # anywhere from the first import on
             time.sleep(rng.uniform(0, 6))
         else:
@@ -41,5 +46,5 @@ def test_kill(tmp_path, reference):  # noqa: F811
     in_save = sum(len(moment) > 1 for moment in moments)
     print(f"killed {KILLS} times, {in_save} of them in a save; last step logged and step being saved: {moments}")
     assert in_save >= KILLS // 4
-    finish(start(workdir), workdir)
+    finish(start(workdir, recipe=recipe), workdir)
     same_run(workdir, reference)

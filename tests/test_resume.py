@@ -6,24 +6,25 @@ import subprocess
 
 import numpy as np
 import pytest
-from running import FAST, STEPS, Progress, finish, metrics, peers, reference, said, same_run, start  # noqa: F401
+from running import FAST, RECIPE, STEPS, Progress, finish, metrics, peers, reference, references, said, same_run, start  # noqa: F401
 
 from jaxvl import manifest
 from jaxvl.manifest import whole_steps
 from jaxvl.train import TERMINATED
 
 
-def test_sigterm_saves(tmp_path, reference):  # noqa: F811
+@pytest.mark.parametrize("recipe", [RECIPE, "tcl_small"])
+def test_sigterm_saves(tmp_path, references, recipe):  # noqa: F811
     """The run that goes on from there reads its samples in worker processes, which changes nothing."""
     workdir = tmp_path / "run"
-    progress, process = Progress(workdir), start(workdir)
+    progress, process = Progress(workdir), start(workdir, recipe=recipe)
     progress.wait(process, 13)
     process.send_signal(signal.SIGTERM)
     finish(process, workdir, TERMINATED)
     stopped = metrics(workdir)[-1]["step"]
     assert whole_steps(workdir / "checkpoints")[0] == stopped < STEPS
-    finish(start(workdir, "data.workers=2"), workdir)
-    same_run(workdir, reference)
+    finish(start(workdir, "data.workers=2", recipe=recipe), workdir)
+    same_run(workdir, references(recipe))
 
 
 def test_second_run_is_refused(tmp_path):

@@ -1,5 +1,5 @@
 """What the methods of the ALBEF family have to choose in common (`fused.py`), and which choices cannot be."""
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from jaxvl.models.text import TextOptions
 from jaxvl.models.vit import VitOptions
@@ -53,6 +53,10 @@ def check(image: VitOptions, text: TextOptions, o: TrunkOptions) -> None:
             raise ValueError(f"config.method.{key} is {getattr(o, key)}; it must be in [0, {high}]")
     if not LOW <= o.temperature <= HIGH:
         raise ValueError(f"config.method.temperature is {o.temperature}; it must be in [{LOW}, {HIGH}], where it is kept")
+    for key in ("unfilled", "scope", "mlm_distill_axis"):
+        legal = get_args(TrunkOptions.__annotations__[key])
+        if getattr(o, key) not in legal:
+            raise ValueError(f"config.method.{key} is {getattr(o, key)!r}; it must be one of {', '.join(map(repr, legal))}")
     for section, tower, pool in (("image", image, "cls"), ("text", text, "first")):
         if tower.pool != pool:
             raise ValueError(f"config.{section}.pool is {tower.pool!r}; fusion models read the class token, which is {pool!r}")
