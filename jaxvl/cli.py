@@ -70,9 +70,9 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--size", type=int, help="glyphs: number of images")
     make.add_argument("--per-shard", type=int, default=1000)
 
-    bench = verbs.add_parser("bench", help="measure the input pipeline, the step, the loss or what a re-ranked pair costs; prints JSON")
-    bench.add_argument("what", choices=("input", "step", "loss", "rerank", "proxies", "evaluation"))
-    bench.add_argument("--config", help="step, rerank: the config to measure (default: a small built-in one)")
+    bench = verbs.add_parser("bench", help="measure the input pipeline, the step, its terms, the loss or what a re-ranked pair costs; prints JSON")
+    bench.add_argument("what", choices=("input", "step", "terms", "loss", "rerank", "proxies", "evaluation"))
+    bench.add_argument("--config", help="step, terms, rerank: the config to measure (default: a small built-in one)")
     bench.add_argument("--rounds", type=int, default=3, help="alternated rounds; medians are reported")
     return top
 

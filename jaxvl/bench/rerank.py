@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxvl import config as configs
-from jaxvl.bench.step import tokenizer
+from jaxvl.bench.sizes import tokenizer
 from jaxvl.evals.rerank import RerankOptions, pair_costs
 from jaxvl.train import assemble
 

@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,22 +19,12 @@ import numpy as np
 from jax.stages import Compiled
 
 from jaxvl import config as configs
+from jaxvl.bench import terms
+from jaxvl.bench.sizes import SMALL, tokenizer
 from jaxvl.config import Recipe
-from jaxvl.data.text import load_tokenizer
 from jaxvl.mesh import make_mesh, place
 from jaxvl.report.clock import peak_flops
 from jaxvl.train import Parts, assemble, program
-
-SMALL = Path(__file__).with_name("small.py")
-
-
-class Sizes(NamedTuple):
-    """What the step needs of a tokenizer that has not been trained."""
-
-    vocab_size: int
-    eos: int
-    mask: int
-    context_length: int
 
 
 class Timing(NamedTuple):
@@ -84,6 +73,8 @@ def measure(recipe: Recipe, *, rounds: int) -> dict[str, Any]:
                 "argument_bytes": asked.argument_size_in_bytes,
             }
         timings, peak = alternate(steps, state, batch, rounds)
+        step_s = statistics.median(t.wall for t in timings[chosen])
+        apart = terms.measure(parts.method.terms(parts.spec), mesh, rounds=rounds, step_s=step_s) if parts.method.terms else None
 
     for accumulate, mine in timings.items():
         rows[accumulate] |= {
@@ -112,6 +103,7 @@ def measure(recipe: Recipe, *, rounds: int) -> dict[str, Any]:
         "peak_memory_of": "the device" if jax.local_devices()[0].memory_stats() else "the process",
         "rounds": rounds,
         "steps": list(rows.values()),
+        "terms": apart,
     }
 
 
@@ -169,20 +161,16 @@ def microbatches(batch_size: int, devices: int) -> int:
     return next((k for k in (4, 2, 3) if batch_size % (k * devices) == 0), 1)
 
 
-def tokenizer(recipe: Recipe) -> Any:
-    """The tokenizer of a recipe; of one that a run would train, and where the config tells the vocabulary, only the sizes."""
-    o = recipe.tokenizer
-    size = recipe.text.vocab_size or (o.vocab_size if o.name == "bpe" else 0)
-    return Sizes(size, size - 1, size - 2, o.context_length) if size else load_tokenizer(o)
-
-
 def random_batch(parts: Parts) -> dict[str, np.ndarray]:
+    """Pixels of every view, and captions, labels and ids where the method reads them."""
     rng = np.random.default_rng(0)
     below = {"tokens": parts.tokenizer.vocab_size if parts.tokenizer else 0, "label": getattr(parts.recipe.method, "classes", 0)}
-    batch = {"image": rng.integers(0, 256, parts.spec["image"].shape, dtype=np.uint8)}
-    for name, shape in parts.spec.items():
-        if below.get(name):
-            batch[name] = rng.integers(int(name == "tokens"), below[name], shape.shape).astype(np.int32)
+    batch = {}
+    for name, leaf in parts.spec.items():
+        if name.startswith("image"):
+            batch[name] = rng.integers(0, 256, leaf.shape, dtype=np.uint8)
+        else:
+            batch[name] = rng.integers(int(name == "tokens"), below.get(name) or leaf.shape[0], leaf.shape).astype(np.int32)
     return batch
 
 

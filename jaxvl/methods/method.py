@@ -53,6 +53,18 @@ class Renewed(NamedTuple):
     when: jax.Array
 
 
+class Term(NamedTuple):
+    """A part of a loss as `jaxvl bench` weighs it.
+
+    flops: forward FLOPs of one example, as in `Method.flops`. run: value and gradient of the part alone as a function of arrays with leading batch or queue axis
+      and of scalars, None where it cannot be run apart. shapes: of those arrays, for a global batch.
+    """
+
+    flops: float
+    run: Callable | None = None
+    shapes: tuple[jax.ShapeDtypeStruct, ...] = ()
+
+
 class Method(NamedTuple):
     """Pure functions of explicit arrays; everything but `params` that a method remembers is in `memory`.
 
@@ -80,6 +92,7 @@ class Method(NamedTuple):
       stays renewed where the step itself is dropped.
     reads: the arrays of a batch that `loss` needs.
     constrain: (params) -> params, what every step begins with, such as a scalar cut back to its bounds; None for nothing.
+    terms: (batch_spec) -> {name: Term}, whose FLOPs add up to `flops`; None where nobody has taken the loss apart.
     """
 
     init: Callable[[jax.Array, dict], tuple[Any, Any]]
@@ -95,6 +108,7 @@ class Method(NamedTuple):
     compose: Callable[[Any, jax.Array, jax.Array], jax.Array] | None = None
     with_memory: Callable[[Any, Any], Any] | None = None
     constrain: Callable[[Any], Any] | None = None
+    terms: Callable[[dict], dict[str, Term]] | None = None
     refresh: Callable[[Any, Any, jax.Array], Renewed] | None = None
     reads: tuple[str, ...] = ("image", "tokens")
 

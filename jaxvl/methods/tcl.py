@@ -15,12 +15,13 @@ softmax(x C / τ) and targets y, and :math:`y^\alpha` targets that are α parts 
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxvl.losses.local import local_information, pool_grid
-from jaxvl.losses.momentum import contrast
+from jaxvl.losses.momentum import Candidates, contrast
 from jaxvl.methods.fused import Draws, Trunk, trunk
 from jaxvl.methods.fused_options import of_method
-from jaxvl.methods.method import Batch, Method, in_sequence, split_key
+from jaxvl.methods.method import Batch, Method, Term, in_sequence, split_key
 from jaxvl.models import vit as vits
 from jaxvl.models.text import TextOptions
 from jaxvl.models.vit import VitOptions
@@ -86,6 +87,7 @@ def build(image: VitOptions, text: TextOptions, options: TclOptions = TclOptions
         rules=base.rules,
         score_pair=base.score_pair,
         constrain=base.constrain,
+        terms=lambda batch_spec: measurable(base, o, batch_spec),
     )
 
 
@@ -148,3 +150,29 @@ def flops(base: Trunk, o: TclOptions, batch_spec: dict) -> dict[str, float]:
     local = 2.0 * o.width * (rows * columns * base.image.width + (length - 1) * base.text.width) / 3
     lmi = local + product * group * (o.pool_grid**2 + length - 1) * 2 / 3
     return {**base.flops(batch_spec), "cma": cma, **({"imc": imc} if "imc" in o.align else {}), **({"lmi": lmi} if "lmi" in o.align else {})}
+
+
+def measurable(base: Trunk, o: TclOptions, batch_spec: dict) -> dict[str, Term]:
+    """The parts of a step with their FLOPs; the alignment terms also as programs of the features."""
+    B, length = batch_spec["tokens"].shape
+    G = 1 if o.scope == "global" else B // o.group_size
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    feature, queue = of(B, o.width), of(o.queue, o.width)
+    both = (feature,) * 4 + (queue,) * 2 + (of(),)
+
+    def cma(v: jax.Array, t: jax.Array, v_m: jax.Array, t_m: jax.Array, V: jax.Array, T: jax.Array, tau: jax.Array) -> jax.Array:
+        H = lambda x, C, guide: contrast(x, C, tau, guide=guide, alpha=o.alpha, groups=G)
+        return H(v, Candidates(t_m, T), v_m) + H(t, Candidates(v_m, V), t_m)
+
+    def imc(v: jax.Array, t: jax.Array, v_m: jax.Array, t_m: jax.Array, V: jax.Array, T: jax.Array, tau: jax.Array) -> jax.Array:
+        return contrast(v, Candidates(v_m, V), tau, groups=G) + contrast(t, Candidates(t_m, T), tau, groups=G)
+
+    def lmi(v: jax.Array, t: jax.Array, image_local: jax.Array, text_local: jax.Array, tau: jax.Array) -> jax.Array:
+        return local_information(v, image_local, tau, groups=G) + local_information(t, text_local, tau, groups=G)
+
+    runs = {
+        "cma": (jax.value_and_grad(cma, (0, 1, 6)), both),
+        "imc": (jax.value_and_grad(imc, (0, 1, 6)), both),
+        "lmi": (jax.value_and_grad(lmi, (0, 1, 4)), (feature, feature, of(B, o.pool_grid**2, o.width), of(B, length - 1, o.width), of())),
+    }
+    return {name: Term(share, *runs.get(name, ())) for name, share in flops(base, o, batch_spec).items()}

@@ -1,13 +1,17 @@
 """The step and loss benches measure the programs they claim to, and their numbers hang together."""
 import json
 import math
+from pathlib import Path
 
 import jax
 import pytest
 
 from jaxvl import config as configs
-from jaxvl.bench import loss as loss_bench, step as step_bench
+from jaxvl.bench import loss as loss_bench, step as step_bench, terms as terms_bench
+from jaxvl.mesh import make_mesh
+from jaxvl.tiny import shrink
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     *(f"{tower}.{key}={value}" for tower in ("image", "text") for key, value in (("width", 16), ("depth", 1), ("heads", 2), ("mlp_dim", 32))),
     *("data.image_size=32", "tokenizer.vocab_size=512", "tokenizer.context_length=8", "method.width=8", "train.batch_size=32"),
@@ -65,3 +69,16 @@ def test_loss_compares_both_implementations():
         assert rows[loss, "ring"]["wall_s"] > 0
     with pytest.raises(ValueError, match="takes neither --config"):
         loss_bench.main("configs/x.py", [], rounds=1)
+
+
+def test_terms_are_weighed_and_what_can_run_apart_is_run():
+    recipe = configs.read(shrink(configs.load(str(ROOT / "configs" / "tcl_small.py"))))
+    mesh = make_mesh(recipe.mesh)
+    with jax.set_mesh(mesh):
+        parts = step_bench.assemble(recipe, step_bench.tokenizer(recipe))
+        assert {name: array.dtype.kind for name, array in step_bench.random_batch(parts).items()} == {"image": "u", "image_aug": "u", "tokens": "i"}
+        found = terms_bench.measure(parts.method.terms(parts.spec), mesh, rounds=1, step_s=1e6)
+    assert math.isclose(sum(row["flops_share"] for row in found.values()), 1)
+    assert math.isclose(sum(row["flops_per_sample"] for row in found.values()), 3 * parts.method.flops(parts.spec))
+    assert {name for name, row in found.items() if row["time_s"] is not None} == {"cma", "imc", "lmi"}
+    assert all(row["temporary_bytes"] > 0 and 0 < row["time_share"] < 1 for row in found.values() if row["time_s"])
