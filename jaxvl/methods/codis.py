@@ -35,7 +35,7 @@ from jaxvl.losses.momentum import contrast
 from jaxvl.losses.transport import ipot_flops, sinkhorn_flops
 from jaxvl.methods.fused import Draws, Trunk, Views, trunk
 from jaxvl.methods.fused_options import of_method
-from jaxvl.methods.method import Batch, Method, in_sequence, split_key, unit
+from jaxvl.methods.method import Batch, Method, Term, in_sequence, split_key, unit
 from jaxvl.models.text import TextOptions
 from jaxvl.models.vit import VitOptions
 
@@ -131,6 +131,7 @@ def build(image: VitOptions, text: TextOptions, options: CodisOptions = CodisOpt
         rules=(*RULES, *base.rules),
         score_pair=base.score_pair,
         constrain=constrain,
+        terms=lambda batch_spec: measurable(base, o, batch_spec),
     )
 
 
@@ -221,3 +222,33 @@ def flops(base: Trunk, o: CodisOptions, batch_spec: dict) -> dict[str, float]:
     solve = ipot_flops(rows, o.codes, s.iterations, s.inner) if s.name == "ipot" else sinkhorn_flops(rows, o.codes, s.iterations)
     # Of the teacher's cosines the codes alone have a gradient, of those of the queue nothing has.
     return {**shares, "codebook": 2 * product * o.codes * (3 + 2 + queue / B) / 3, "transport": 2 * plans * solve / B / 3}
+
+
+def measurable(base: Trunk, o: CodisOptions, batch_spec: dict) -> dict[str, Term]:
+    """The parts of a step with their FLOPs; some also as programs of the features, of which that of the codebook solves its plans itself."""
+    B = batch_spec["tokens"].shape[0]
+    G = 1 if o.scope == "global" else B // o.group_size
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    feature, queue, codes = of(B, o.width), of(o.queue, o.width), of(o.codes, o.width)
+
+    def views(v: jax.Array, t: jax.Array, v_m: jax.Array, t_m: jax.Array, tau: jax.Array) -> Views:
+        return Views(v, t, v_m, t_m, *(None,) * 4, temperature=tau, alpha=jnp.float32(o.alpha), groups=G)  # type: ignore[arg-type]
+
+    def ica(v: jax.Array, t: jax.Array, v_m: jax.Array, t_m: jax.Array, V: jax.Array, T: jax.Array, tau: jax.Array) -> jax.Array:
+        memory = {"image_queue": V, "text_queue": T, "id_queue": jnp.zeros(o.queue, jnp.int32), "filled": jnp.int32(o.queue)}
+        return alignment(base, o, memory, views(v, t, v_m, t_m, tau), {"id": jnp.arange(B)})[1]
+
+    def code(v: jax.Array, t: jax.Array, v_m: jax.Array, t_m: jax.Array, V: jax.Array, T: jax.Array, C: jax.Array, tau: jax.Array) -> jax.Array:
+        memory = {"image_queue": V, "text_queue": T, "filled": jnp.int32(o.queue), "step": jnp.int32(o.freeze_steps)}
+        return sum(codebook(o, C, memory, views(v, t, v_m, t_m, tau))[0].values(), jnp.float32(0))
+
+    def plans(v_m: jax.Array, t_m: jax.Array, V: jax.Array, T: jax.Array, C: jax.Array) -> jax.Array:
+        queues = cosines(jnp.stack([V, T]), C) if o.ot_scope == "batch_plus_queue" else None
+        return assign(cosines(jnp.stack([v_m, t_m]), C), solver(o), queues)
+
+    runs = {
+        "ica": (jax.value_and_grad(ica, (0, 1, 6)), (*(feature,) * 4, queue, queue, of())),
+        "codebook": (jax.value_and_grad(code, (0, 1, 6)), (*(feature,) * 4, queue, queue, codes, of())),
+        "transport": (plans, (feature, feature, queue, queue, codes)),
+    }
+    return {name: Term(share, *runs.get(name, ())) for name, share in flops(base, o, batch_spec).items()}

@@ -209,6 +209,20 @@ def test_transport_is_a_small_share_of_a_step_of_the_paper():
     assert shares["transport"] < 0.03 * sum(shares.values())
 
 
+@pytest.mark.parametrize("options", [PLAIN, OTHER, PLAIN._replace(code=False), PLAIN._replace(ot_scope="batch_plus_queue", unfilled="mask")], ids=["plain", "other", "no code", "queue"])
+def test_the_terms_of_the_bench_are_the_steps(options):
+    method = METHODS["codis"].build(IMAGE, TEXT, options)
+    found = method.terms(SPEC)
+    np.testing.assert_allclose(sum(term.flops for term in found.values()), method.flops(SPEC))
+    runs = {name: term for name, term in found.items() if term.run}
+    assert sorted(runs) == (["codebook", "ica", "transport"] if options.code else ["ica"])
+    shapes = {name: jax.eval_shape(term.run, *term.shapes) for name, term in runs.items()}
+    assert all(jax.tree.leaves(shapes[name])[0].shape == () for name in runs if name != "transport")
+    if options.code:
+        assert shapes["transport"].shape == (2, B, K)
+        assert [g.shape for g in shapes["codebook"][1]] == [(B, 8), (B, 8), (K, 8)]
+
+
 def test_scopes_of_the_solver():
     assert codis.solver(PLAIN)._asdict() == dict(name="ipot", beta=0.5, epsilon=0.05, iterations=50, inner=1, scope="global", group=4)
     assert codis.solver(OTHER).iterations == 3
