@@ -1,0 +1,21 @@
+"""HPL on Cars-196, the first 98 models for training and the others for testing; `hpl_cub200` otherwise.
+
+    jaxvl train --config=configs/hpl_cars196.py --workdir=/runs/hpl_cars
+
+A given hierarchy is the type of body, the word before the year in a model's name.
+"""
+from hpl_cub200 import get_config as cub200
+from ml_collections import ConfigDict
+
+SPLITS = ("tfds://cars196/train", "tfds://cars196/test")
+EPOCH = 67  # steps of 120 of the 8,054 images
+
+
+def get_config() -> ConfigDict:
+    config = cub200()
+    config.method.update(classes=98, hierarchy_start=20 * EPOCH)
+    config.data.update(source=SPLITS, hierarchy=r"re:(\S+) \d{4}$")
+    config.optim.update(step_every=10 * EPOCH, hold=(("^image/(?!head)", EPOCH),))
+    config.checkpoint.update(every=10 * EPOCH)
+    config.evals.test.update(source=SPLITS, every=5 * EPOCH)
+    return config
