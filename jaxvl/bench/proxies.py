@@ -170,4 +170,4 @@ def _train_step(mode: str, classes: int) -> tuple[Callable, Any, Any, Callable]:
         batch = place(random_batch(parts), mesh)
         due = jnp.int32(1000)
         refresh = parts.method.refresh
-        return step, state, batch, jax.jit(lambda p, m: refresh(p, m, due)) if refresh else lambda p, m: None
+        return step, state, batch, jax.jit(lambda p, m: refresh(p, m, due)[:2]) if refresh else lambda p, m: None
