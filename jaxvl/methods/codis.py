@@ -49,7 +49,8 @@ class CodisOptions(NamedTuple):
     ot_weight, cross_weight: of the transport terms and of the predictions in L_code; 1 in the paper.
     ot_solver: "ipot" takes ipot_beta, ipot_iterations and ipot_inner; "sinkhorn", which SwAV uses, sinkhorn_epsilon and
     sinkhorn_iterations. ot_scope: which samples share the codes out among them: "global" the whole batch; "local" groups of ot_group
-    consecutive rows, as on the devices of a run that gathers nothing; "batch_plus_queue" the batch and both queues. The paper leaves
+    consecutive rows, as on the devices of a run that gathers nothing; "batch_plus_queue" the batch and the view's queue, a plan of
+    (batch + queue) x codes floats for each view, split over the devices. The paper leaves
     it open; with many more codes than samples a plan spreads every sample over many of them, so the batch is the default.
     freeze_steps: steps in which the codebook does not move yet. renorm_codes: whether the stored codes are cut back to unit norm
     before every step; the forward pass normalises them in any case, so this keeps their learning rate from sinking. Both are
