@@ -27,7 +27,7 @@ if todo == "polite":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 open(os.path.join(folder, f"ready-{index}"), "w").write(os.environ["JAX_COORDINATOR_ADDRESS"] + " " + os.environ["JAX_NUM_PROCESSES"])
 if todo in ("deaf", "polite", "wait"):
-    time.sleep(60)
+    time.sleep(600)
 if todo == "killed":
     while len([f for f in os.listdir(folder) if f.startswith("ready")]) < len(plan):
         time.sleep(0.01)
@@ -47,7 +47,7 @@ def group(folder, plan, **kw):
 def test_a_member_that_is_killed_takes_the_others_along_and_all_start_again(tmp_path, capsys):
     (tmp_path / "checkpoints" / "00000040").mkdir(parents=True)
     status, starts, seconds = group(tmp_path, [["deaf", 0], ["killed", 0], ["wait", 0]])
-    assert (status, starts) == (0, [2, 2, 2]) and seconds < 30
+    assert (status, starts) == (0, [2, 2, 2]) and seconds < 400
     said = capsys.readouterr().err
     assert "process 1 of 3 was killed by SIGKILL" in said and "restart 1 of 3, from step 40" in said
     address, count = (tmp_path / "ready-2").read_text().split()
@@ -71,13 +71,13 @@ def test_a_signal_is_passed_on_and_a_second_one_kills(tmp_path):
             file.unlink()
         code = f"import sys; from jaxvl.group import main; sys.exit(main(['--processes=2', '--', sys.executable, '-c', {MEMBER!r}, {f'--workdir={tmp_path}'!r}, {json.dumps(plan)!r}]))"
         launcher = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 400
         while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         for _ in range(sent):
             launcher.send_signal(signal.SIGTERM)
             time.sleep(0.4)
-        assert launcher.wait(30) == wanted
+        assert launcher.wait(400) == wanted
 
 
 def test_gpus_are_divided():

@@ -4,15 +4,15 @@ A trial's status is what trial.json says, written by the sweep alone: "waiting",
 when the sweep does), "done", "pruned" or "failed".
 """
 import json
-import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from ml_collections import ConfigDict
+
 from jaxvl import manifest
-from jaxvl.config import flat
-from jaxvl.progress import say
+from jaxvl.config import ConfigError, complete, flat
 from jaxvl.report.metrics import METRICS, decode, write_atomic
 from jaxvl.sweep.options import Choice, Integer, SweepError, SweepOptions, Uniform
 from jaxvl.sweep.plan import Trial
@@ -20,7 +20,6 @@ from jaxvl.sweep.plan import Trial
 STATUSES = ("done", "pruned", "failed", "running", "stopped", "waiting")
 OVER = ("done", "pruned", "failed")
 LOG = "train.log"
-PATIENCE = 60.0  # seconds for which the runs of a killed sweep may save and leave
 # A run made with another value of these is still the run the sweep means.
 MAY_CHANGE = ("mesh.", "checkpoint.", "log.", "data.workers", "data.threads")
 KINDS: dict[str, type] = {kind.__name__: kind for kind in (Uniform, Integer, Choice)}
@@ -100,21 +99,15 @@ def lock(folder: Path) -> IO[str]:
     return manifest.lock(folder)
 
 
-def await_free(run: Path) -> None:
-    """Return when no process writes to a run: those of a sweep killed outright may still be saving. Raises LockedError after PATIENCE."""
+def writer(run: Path) -> str:
+    """What is writing to a run, in words, or ""."""
     checkpoints = run / "checkpoints"
-    deadline, told = time.monotonic() + PATIENCE, False
-    while checkpoints.is_dir():
-        try:
+    try:
+        if checkpoints.is_dir():
             manifest.lock(checkpoints).close()
-            return
-        except manifest.LockedError:
-            if time.monotonic() > deadline:
-                raise
-            if not told:
-                say(f"{run.name}: its last process still saves; waiting for it")
-            told = True
-            time.sleep(0.2)
+    except manifest.LockedError as error:
+        return str(error)
+    return ""
 
 
 def curve(run: Path, metric: str) -> dict[int, float]:
@@ -146,11 +139,18 @@ def known_metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _same(own: Path, trial: Trial) -> None:
-    """Raises SweepError where the run in `own` was made with another config than the trial's, naming the first key."""
+    """Raises SweepError where the run in `own` was made with another config than the trial's, naming the first key.
+
+    Keys that this version of jaxvl has and the one that ran had not count with their defaults.
+    """
     try:
-        old = flat(json.loads((own / "config.json").read_text()))
+        plain = json.loads((own / "config.json").read_text())
     except (OSError, ValueError):  # killed while it was written; the trial's own takes its place
         return
+    try:
+        old = flat(json.loads(complete(ConfigDict(plain)).to_json_best_effort()))
+    except ConfigError as error:
+        raise SweepError(f"{own} was run with a config that this version does not read: {error}. Use another --workdir, or remove this folder") from None
     new = flat(json.loads(trial.config.to_json_best_effort()))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from jaxvl.processes import gpu_shares, tied
-from jaxvl.sweep import folder as folders
 from jaxvl.sweep.folder import LOG
 from jaxvl.sweep.scheduler import Launch
 
@@ -31,7 +30,6 @@ class LocalProcess:
     job = ""
 
     def __init__(self, run: Path, command: list[str], env: Mapping[str, str]) -> None:
-        folders.await_free(run)
         with open(run / LOG, "a", encoding="utf-8") as log:
             self._process = subprocess.Popen(tied(command), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
 

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from jaxvl.manifest import LockedError
-from jaxvl.progress import Bar
+from jaxvl.progress import Bar, say
 from jaxvl.report.metrics import METRICS, decode
 from jaxvl.sweep import folder as folders
 from jaxvl.sweep.folder import LOG, Record
@@ -21,6 +20,7 @@ from jaxvl.sweep.prune import falls_behind
 from jaxvl.sweep.results import chosen
 
 POLL = 0.2  # seconds between two looks at the trials
+PATIENCE = 600.0  # seconds for which the run of a killed sweep may save and leave
 TERMINATED = (143, -signal.SIGTERM)  # exit statuses of a run that SIGTERM ended: saved, not finished
 STOPPED = "the sweep was stopped"
 
@@ -49,22 +49,40 @@ class Source(NamedTuple):
 
 
 class Child:
-    """A trial that runs. step: the last one logged. ending: why it was asked to end, "" while it was not."""
+    """A trial at work. step: the last one logged. ending: why it was asked to end, "" while it was not.
+
+    It starts when nothing else writes to its run: what a sweep killed outright has left may still be saving.
+    """
 
     def __init__(self, folder: Path, record: Record, launch: Launch, slot: int) -> None:
         self.run, self.ending, self.step = folder / record.name, "", 0
+        self._folder, self._launch, self._slot = folder, launch, slot
         self._begin, self._before = time.monotonic(), record.seconds
-        self._tail, self._asked = Tail(self.run / METRICS), set[bool]()
-        begun = keep(folder, record._replace(status="running", reason=""))
-        self.process = launch(self.run, slot, record.job)
-        self.record = keep(folder, begun._replace(job=self.process.job))
+        self._tail, self._asked, self._told = Tail(self.run / METRICS), set[bool](), False
+        self._process: Process | None = None
+        self.record = keep(folder, record._replace(status="running", reason=""))
+
+    def poll(self) -> int | str | None:
+        """See `Process`."""
+        if self._process:
+            return self._process.poll()
+        if self.ending:
+            return TERMINATED[0]
+        if (writer := folders.writer(self.run)) and not self.record.job:
+            if not self._told:
+                say(f"{self.record.name}: waiting, {writer}")
+            self._told = True
+            return writer if time.monotonic() - self._begin > PATIENCE else None
+        self._process = self._launch(self.run, self._slot, self.record.job)
+        self.record = keep(self._folder, self.record._replace(job=self._process.job))
+        return None
 
     def end(self, reason: str, *, kill: bool = False) -> None:
         """Have the run save and end; the first reason counts, and each way is asked once: a second SIGTERM would cut short what the first began."""
         self.ending = self.ending or reason
-        if kill not in self._asked:
+        if self._process and kill not in self._asked:
             self._asked.add(kill)
-            self.process.end(kill)
+            self._process.end(kill)
 
     def news(self) -> list[dict[str, Any]]:
         """The evaluations logged since the last call."""
@@ -121,13 +139,10 @@ def run(folder: Path, options: SweepOptions, source: Source, bar: Bar, launch: L
                     if (record := source.next()) is None:
                         exhausted = True
                         break
-                    try:
-                        running[free[-1]] = Child(folder, record, launch, free[-1])
-                        free.pop()
-                    except LockedError as reason:
-                        source.over(keep(folder, record._replace(status="failed", reason=str(reason))))
+                    slot = free.pop()
+                    running[slot] = Child(folder, record, launch, slot)
                 for slot, child in list(running.items()):
-                    status = child.process.poll()
+                    status = child.poll()
                     if status is not None:
                         del running[slot]
                         free.append(slot)

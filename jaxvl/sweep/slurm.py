@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxvl.sweep import folder as folders
 from jaxvl.sweep.folder import LOG
 from jaxvl.sweep.local import Command
 from jaxvl.sweep.options import SweepError
@@ -41,7 +40,6 @@ def launcher(command: Command, workdir: Path, env: Mapping[str, str], text: str)
         if job and not (old := _job(workdir, cluster, job)).done(force_check=True) and old.state != "UNKNOWN":
             return SlurmProcess(run, old)
         own = run.resolve()
-        folders.await_free(own)
         (run / STOP).unlink(missing_ok=True)
         return SlurmProcess(run, executor.submit(Task(command(own), dict(env), str(own / LOG), str(own / STOP))))
 

@@ -60,7 +60,7 @@ def test_two_workers_share_a_study(tmp_path):
     other = subprocess.Popen(command_line, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     until(lambda: (folder / "t000" / folders.LOG).exists())
     assert run.run(path, folder, [], command=command) == 0
-    theirs = [line for line in other.communicate(timeout=60)[1].splitlines() if line.endswith(": done")]
+    theirs = [line for line in other.communicate(timeout=400)[1].splitlines() if line.endswith(": done")]
     assert other.returncode == 0 and 0 < len(theirs) < 12
     assert statuses(folder) == {f"t{i:03}": "done" for i in range(12)}
     assert all(len(starts(folder, name)) == 1 for name in statuses(folder))
