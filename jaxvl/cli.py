@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
     export = verbs.add_parser("export", help="a run's model for other programs", description="Any --config.KEY=VALUE overrides the run's config.")
     export.add_argument("workdir", type=Path, help="of the run")
-    export.add_argument("--format", required=True, choices=("hf", "safetensors", "stablehlo", "onnx", "peft"))
+    export.add_argument("--format", required=True, choices=("hf", "safetensors", "stablehlo", "onnx", "albef", "peft"))
     export.add_argument("--out", required=True, type=Path, help="a new folder")
     export.add_argument("--step", type=int, help="which checkpoint (default: the newest whole one)")
     export.add_argument("--ema", action="store_true", help="export the averaged parameters")
@@ -136,7 +136,8 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> int:
     exact = [] if args.format == "stablehlo" else ["image.dtype=float32", "text.dtype=float32"]
     recipe = train.read_recipe(args.workdir, ["image.attention=xla", "text.attention=xla", *exact, *overrides])
     parts = train.build(recipe, args.workdir, None)
-    return export.run(parts, train.read_params(parts, args.workdir, None, step=args.step, ema=args.ema), args.format, args.out)
+    memory = train.read_memory(parts, args.workdir, step=args.step) if args.format == "albef" else None
+    return export.run(parts, train.read_params(parts, args.workdir, None, step=args.step, ema=args.ema), args.format, args.out, memory)
 
 
 def _report(args: argparse.Namespace, _: list[str]) -> int:

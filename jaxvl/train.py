@@ -250,6 +250,12 @@ def read_params(parts: Parts, workdir: Path, mesh: Mesh | None, *, step: int | N
     return found._replace(state=for_faces(parts.method, found.state, checkpoint.restore_memory(folder, shapes["memory"], step=found.step).state))
 
 
+def read_memory(parts: Parts, workdir: Path, *, step: int | None = None) -> Any:
+    """What the method of a run's checkpoint remembers, as numpy arrays."""
+    _, shapes = jax.eval_shape(lambda: parts.method.init(jax.random.key(parts.recipe.seed), parts.spec))
+    return checkpoint.restore_memory(workdir / "checkpoints", shapes, step=step).state
+
+
 def _tokenizer(recipe: configs.Recipe, workdir: Path, dataset: Dataset | None) -> Tokenizer:
     folder = workdir / "tokenizer"
     if not folder.is_dir() and jax.process_index() == 0:

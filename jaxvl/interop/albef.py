@@ -116,7 +116,7 @@ def describe(stored: Mapping[str, Any], heads: int = 0) -> Published:
         head="mlm_tied" if "text_encoder.cls.predictions.bias" in shapes else "none",
         fused=Fused(
             len(crossed), shape("vision_proj.weight", 2)[0], itm="itm_head.weight" in shapes, teacher=any(n.startswith("visual_encoder_m.") for n in shapes),
-            queue=queue, ids="idx_queue" in shapes,
+            queue=queue, ids="idx_queue" in shapes, teacher_fused=any(re.match(r"text_encoder_m\..*\.crossattention\.", n) for n in shapes),
         ),
     )  # fmt: skip
 
@@ -136,6 +136,10 @@ def of_run(params: dict[str, Any], memory: dict[str, Any], image: VitOptions, te
     if alien:
         raise ValueError(f"this run is no ALBEF or TCL: their checkpoints and it differ in {', '.join(alien)}")
     depth, width = params["fusion"]["blocks"]["attn_norm"]["scale"].shape[0], params["image_proj"]["bias"].shape[0]
-    fused = Fused(depth, width, "itm" in params, "teacher" in tree, tree["image_queue"].shape[0] if "image_queue" in tree else 0, "id_queue" in tree)
-    head, scalars = ("mlm_tied" if "mlm" in params else "none"), ("temperature",)
-    return Published("albef", image, text, image_size, head=head, scalars=scalars, fused=fused), tree
+    teacher = tree.get("teacher", {})
+    fused = Fused(
+        depth, width, itm="itm" in params, teacher=bool(teacher), teacher_fused="fusion" in teacher,
+        queue=tree["image_queue"].shape[0] if "image_queue" in tree else 0, ids="id_queue" in tree,
+    )  # fmt: skip
+    head = "mlm_tied" if "mlm" in params else "none"
+    return Published("albef", image, text, image_size, head=head, scalars=("temperature",), fused=fused), tree

@@ -4,6 +4,7 @@
     safetensors  our own names and layout, with the run's config
     stablehlo    both embedding functions for cpu, cuda and tpu, batch size open; parameters beside them
     onnx         both embedding functions with their parameters, batch size open
+    albef        TCL and ALBEF as their own code names them, teacher and queues included: one file of tensors
     peft         the adapters of a run with LoRA, for the published models it started from: PeftModel.from_pretrained(base, OUT)
 """
 import importlib.util
@@ -18,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvl.interop import hugging_face, importing, onnx, peft, tensors
+from jaxvl.interop import albef, hugging_face, importing, load, onnx, peft, tensors
 from jaxvl.interop.vocabulary import write_tokenizer
 from jaxvl.mesh import path_str
 from jaxvl.methods import METHODS
-from jaxvl.models import lora
+from jaxvl.models import lora, text as texts, vit as vits
 from jaxvl.optim import frozen
 from jaxvl.progress import say
 
@@ -43,21 +44,22 @@ class Model(NamedTuple):
     state: dict[str, Any]
     ours: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
     step: int
+    memory: Any = None  # of the method, where the format has a place for it
 
     @property
     def dtype(self) -> str:
         return "float32" if self.recipe.image.dtype == self.recipe.text.dtype == "float32" else "bfloat16"
 
 
-def run(parts: Any, found: Any, kind: str, out: Path) -> int:
-    """Export the method of `parts` with the parameters `found` (checkpoint.Restored) into the new folder `out`.
+def run(parts: Any, found: Any, kind: str, out: Path, memory: Any = None) -> int:
+    """Export the method of `parts` with the parameters `found` (checkpoint.Restored) and its memory into the new folder `out`.
 
     Prints the largest difference between embeddings of the exported model and of ours on random input. `out` appears when it
     is whole and within tolerance; raises ValueError where it is not, or where the run cannot be written in this format.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another --out or delete it")
-    model = _model(parts, found)
+    model = _model(parts, found)._replace(memory=memory)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -171,6 +173,18 @@ def _onnx(model: Model, folder: Path) -> dict[str, float]:
     return {"onnxruntime": _difference(model.ours(images, tokens), (made[0](images), made[1](tokens)))}
 
 
+def _albef(model: Model, folder: Path) -> dict[str, float]:
+    recipe, file = model.recipe, folder / tensors.SINGLE
+    if model.memory is None:
+        raise ValueError("a checkpoint of ALBEF holds the teacher and the queues, and only parameters are here")
+    memory = jax.tree.map(np.asarray, model.memory) if model.memory else {}  # its places and ids stay whole numbers
+    published, tree = albef.of_run(model.params, memory, vits.resolve(recipe.image), texts.resolve(recipe.text), recipe.data.image_size)
+    load.save(file, published, tree)
+    model.tokenizer.save(folder / "tokenizer")
+    params, _ = albef.split(load.fill(published, tensors.find(file)).params)
+    return {"our importer": _of_plain(model, params)}
+
+
 def _peft(model: Model, folder: Path) -> dict[str, float]:
     """Adapters of one published model lie in `folder` itself; of two, in its folders image and text."""
     recipe = model.recipe
@@ -199,7 +213,7 @@ def _peft(model: Model, folder: Path) -> dict[str, float]:
     return {"our PEFT reader": _of_plain(model, merged)}
 
 
-WRITERS: dict[str, Callable[[Model, Path], dict[str, float]]] = {"hf": _hf, "safetensors": _safetensors, "stablehlo": _stablehlo, "onnx": _onnx, "peft": _peft}
+WRITERS: dict[str, Callable[[Model, Path], dict[str, float]]] = {"hf": _hf, "safetensors": _safetensors, "stablehlo": _stablehlo, "onnx": _onnx, "albef": _albef, "peft": _peft}
 
 
 def _flat(params: dict[str, Any]) -> dict[str, np.ndarray]:

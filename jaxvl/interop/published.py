@@ -13,12 +13,16 @@ from jaxvl.models.vit import Vit, VitOptions
 
 
 class Fused(NamedTuple):
-    """What files of the ALBEF family hold besides the towers of the student. width: of the joint space."""
+    """What files of the ALBEF family hold besides the towers of the student.
+
+    width: of the joint space. teacher_fused: whether the teacher has fusion layers and word head too, as only hidden words need them.
+    """
 
     fusion_depth: int
     width: int
     itm: bool = True
     teacher: bool = True
+    teacher_fused: bool = True
     queue: int = 0  # entries; 0 where there are none
     ids: bool = False  # whether the queue's images have ids
 
@@ -122,7 +126,8 @@ def _fused(model: Published, tree: dict[str, Any]) -> dict[str, Any]:
         "fusion": jax.eval_shape(fusion.init, jax.random.key(0), *inputs)["params"],
         "image_proj": linear(image.width, fused.width), "text_proj": linear(text.width, fused.width),
     }  # fmt: skip
-    teacher = {k: v for k, v in {**tree, **out}.items() if k not in model.scalars}
+    untaught = model.scalars if fused.teacher_fused else (*model.scalars, "fusion", "mlm")
+    teacher = {k: v for k, v in {**tree, **out}.items() if k not in untaught}
     if fused.itm:
         out["itm"] = linear(text.width, 2)
     if fused.teacher:

@@ -91,3 +91,35 @@ def test_a_pickle_is_not_opened_and_its_way_in_is_told(tmp_path):
     (tmp_path / "ALBEF.pth").write_bytes(b"\x80\x02c")
     with pytest.raises(FileError, match=r"weights_only=True(?s:.)*save_file.*ALBEF\.safetensors"):
         tensors.find(tmp_path / "ALBEF.pth")
+
+
+@pytest.mark.parametrize("retrieval", [False, True])
+def test_a_run_is_exported_under_the_published_names(tmp_path, retrieval):
+    """What is imported and saved as a run's state comes out of `export` with the bytes it had; a retrieval run has no word head."""
+    from types import SimpleNamespace
+
+    from jaxvl import config as configs, train
+    from jaxvl.data.text import TokenizerOptions, train_tokenizer
+    from jaxvl.interop import export
+
+    arrays = state("e2e_retrieval" if retrieval else "e2e_pretrain")
+    if retrieval:  # of the teacher, what the loss has a use for
+        arrays = {k: v for k, v in arrays.items() if not k.startswith("text_encoder_m.encoder.layer.2") and not k.startswith("text_encoder_m.encoder.layer.3")}
+    found = read(write(tmp_path / "in.safetensors", arrays))
+    params, memory = albef.split(jax.tree.map(np.asarray, found.params))
+    tower = lambda options: {**options._asdict(), "dtype": "float32"}
+    config = dict(
+        method=dict(name="tcl", width=16, fusion_depth=2, queue=24, scope="global", ids=retrieval, mlm=not retrieval), image=tower(found.model.image),
+        text=tower(found.model.text), tokenizer=dict(context_length=9), data=dict(source="x", image_size=32, id="sample"), train=dict(batch_size=4, steps=1),
+    )  # fmt: skip
+    tokenizer = train_tokenizer(["a"], TokenizerOptions(vocab_size=512, context_length=9))
+    few = SimpleNamespace(vocab_size=97, context_length=9, eos=2, mask=3, save=tokenizer.save)
+    parts = train.assemble(configs.read(configs.complete(configs.ConfigDict(config))), few)
+    shapes, kept = jax.eval_shape(lambda: parts.method.init(jax.random.key(0), parts.spec))
+    assert jax.tree.structure(shapes) == jax.tree.structure(params) and set(kept) == {*memory, "step"}
+    export.run(parts, SimpleNamespace(state=params, step=3), "albef", tmp_path / "out", {**memory, "step": np.int32(7)})
+    again = tensors.find(tmp_path / "out")
+    assert again.keys() == arrays.keys()
+    assert [k for k, v in arrays.items() if tensors.read(again[k]).tobytes() != v.tobytes()] == []
+    with pytest.raises(ValueError, match="no ALBEF or TCL: .* differ in codebook"):
+        albef.of_run({**params, "codebook": 0}, memory, found.model.image, found.model.text, 32)
