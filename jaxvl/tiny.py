@@ -20,8 +20,12 @@ def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDic
     small.image.update(TINY[config.image.kind])
     small.text.update(TINY[config.text.kind])
     small.tokenizer.update(name=config.tokenizer.name if config.tokenizer.name in TRAINED else "bpe", vocab_size=512, context_length=16)
-    small.data.update(source="glyphs://train?size=256", weights=(), image_size=32, group_shards=2, chunk=8, threads=1, workers=0)
+    cleaning = small.data.cleaning if isinstance(small.data.cleaning, str) else small.data.cleaning[0]
+    with small.data.ignore_type():  # a tuple for many sources becomes one value
+        small.data.update(source="glyphs://train?size=256", cleaning=cleaning, id="sample" if small.data.id else "")
+    small.data.update(weights=(), image_size=32, group_shards=2, chunk=8, threads=1, workers=0)
     small.init.update(image="", text="", whole="", image_adapter="", text_adapter="")
+    small.augment.update(randaugment=min(config.augment.randaugment, 1), blur_sigma=(0.1, 0.5))
     small.method.width = 16
     if "fusion_depth" in small.method:
         small.method.update(fusion_depth=1, queue=8 * devices, group_size=2, chunks=min(config.method.chunks, 2), mlm_cap=min(config.method.mlm_cap, 4))
@@ -46,6 +50,8 @@ def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDic
         section.update(source="glyphs://val?size=60" if section.kind == "composed" else "glyphs://val-seen?size=40", every=0)
         if section.kind == "composed":
             section.triplets = "beside"
+        if section.kind == "rerank":
+            section.update(k_test=min(section.k_test, 4), pairs=min(section.pairs, 2 * devices), batch_size=min(section.batch_size, 5 * devices))
         if section.kind == "metric_learning":
             section.update(source="glyphs://val?size=40", gallery="", label="class", classes="all", hierarchy="", split_level=-1)
     return small
