@@ -70,6 +70,8 @@ def build(image: VitOptions, text: TextOptions, options: TclOptions = TclOptions
     """TCL with the params and memory of `fused.py`. Raises ValueError for options that cannot be."""
     o = resolve(options)
     base = trunk(image, text, of_method(o))
+    if "lmi" in o.align and image.patch_dropout:
+        raise ValueError(f"config.image.patch_dropout is {image.patch_dropout}; the local terms of config.method.align={o.align!r} pool all patches: set it to 0")
 
     def objective(params: dict, memory: dict, encoded: dict, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict]:
         loss, aux, _ = terms(base, o, params, memory, encoded, batch, key)

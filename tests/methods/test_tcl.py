@@ -184,6 +184,7 @@ def test_the_stored_temperature_is_cut_back():
         ({"lmi_weight": -1.0}, {}, {}, "config.method.lmi_weight is -1.0"),
         ({}, {"pool": "mean"}, {}, "config.image.pool is 'mean'"),
         ({}, {}, {"pool": "last"}, "config.text.pool is 'last'"),
+        ({}, {"patch_dropout": 0.5}, {}, "config.image.patch_dropout is 0.5"),
         ({}, {"head": 4}, {}, "config.image has a head of 4"),
         ({}, {}, {"causal": True}, "config.text.causal is True"),
         ({}, {}, {"mask_id": 0}, "config.text.mask_id is 0"),

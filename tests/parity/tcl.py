@@ -3,6 +3,7 @@
 Closed forms are compared in float32 and float64, whole models in float32; all of it but the trajectory also with the batch split
 over as many of 2, 4 and 8 devices as it divides over.
 """
+import contextlib
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ from jaxvl.interop import albef
 from jaxvl.losses import matching, mlm
 from jaxvl.losses.local import local_information, pool_grid, sample_losses
 from jaxvl.losses.momentum import Candidates, average, contrast, enqueue
-from jaxvl.mesh import MeshOptions, make_mesh, path_str, shardings
+from jaxvl.mesh import MeshOptions, ShardingError, make_mesh, path_str, shardings
 from jaxvl.methods import tcl
 from jaxvl.methods.fused import Draws, trunk
 from jaxvl.methods.fused_options import HIGH, LOW, of_method
@@ -179,11 +180,12 @@ def mlm_losses(logits, teacher, labels, alpha):
 
 
 def masked_language_model(c):
-    masked = (c("labels") != -100).any()
+    masked, wanted_grad = (c("labels") != -100).any(), c("grad_logits")
     for where, ((_, got), (grad,)) in everywhere(mlm_losses, [c("logits"), c("teacher_logits"), np.int32(c("labels"))], (float(c("alpha")),), (0,)):
         for name, value in got.items():
-            close(value, c(name) if masked else 0.0, f"{name}, {where}")
-        same_gradient(grad, c("grad_logits") if masked else 0.0 * c("logits"), where)
+            want = c(name)  # where nothing is masked the published code divides by zero
+            close(value, want if masked else 0.0, f"{name}, {where}")
+        same_gradient(grad, wanted_grad if masked else np.zeros_like(wanted_grad), where)
 
 
 def queue(case: Case) -> None:
@@ -274,13 +276,20 @@ class Tiny:
         """f(params, memory, *rows) on one device, and on eight of which as many split the batch as it divides over."""
         run = jax.jit(f)
         yield run(self.params, self.memory, *rows)
-        ways = math.gcd(self.config["B"], 8)
-        mesh = make_mesh(MeshOptions(ways // math.gcd(ways, 2), math.gcd(ways, 2), 8 // ways))
+        state = (self.params, self.memory)
+        mesh, place = next(self.meshes(state))
         with jax.set_mesh(mesh):
-            state = (self.params, self.memory)
-            placed = jax.device_put(state, shardings(state, self.trunk.rules, mesh))
             split = lambda x: jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp"))))
-            yield run(*placed, *jax.tree.map(split, rows))
+            yield run(*jax.device_put(state, place), *jax.tree.map(split, rows))
+
+    def meshes(self, state):
+        """Meshes over which the batch and every leaf divide, eight devices first."""
+        for ways in (8, 4, 2, 1):
+            for sizes in ((ways // 2, 2, 8 // ways), (ways, 1, 8 // ways), (ways, 1, 1)):
+                if self.config["B"] % ways == 0 and min(sizes) > 0:
+                    mesh = make_mesh(MeshOptions(*sizes), jax.devices()[: math.prod(sizes)])
+                    with contextlib.suppress(ShardingError):
+                        yield mesh, shardings(state, self.trunk.rules, mesh)
 
 
 def batch_of(case, at=lambda name: name):
