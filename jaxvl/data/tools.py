@@ -85,13 +85,19 @@ def stats(paths: Sequence[str], json: bool = False, indexes: str = "", cache: st
 def make(
     what: str, out: Path, part: str = "train", size: int | None = None, per_shard: int = 1000, images: str = "", split: str = "", layout: str = ""
 ) -> int:
-    """Write shards into `out`: for "glyphs" `size` images of a `part`; for an annotation file WHAT.json those of its `images` that are
-    in the splits of `split`, "train,restval"; else the images of folder `what`, with captions or, where a `layout` is named, a `part` of
-    them with classes (layouts.py). Returns 0."""
-    from jaxvl.data import glyphs
+    """Write shards into `out`: for "glyphs" `size` images of a `part`; for "fashion200k:FOLDER", "fashioniq:..." and "utzap50k:..." a `part`
+    of that set, as published; for an annotation file WHAT.json those of its `images` that are in the splits of `split`,
+    "train,restval"; else the images of folder `what`, with captions or, where a `layout` is named, a `part` of them with classes
+    (layouts.py). Returns 0."""
+    from jaxvl.data import composed_sets, glyphs
     from jaxvl.data.layouts import make_classes
     from jaxvl.data.make import make_annotated, make_shards
 
+    name, _, folder = what.partition(":")
+    if folder and name in composed_sets.SETS:
+        shards, missing = composed_sets.make_set(name, Path(folder), Path(out), part, per_shard)
+        print(f"{len(shards)} shards in {out}; {len(missing)} images are missing, {part}-missing.txt lists them")
+        return 0
     annotated = what.endswith(".json")
     if (images or split) and not annotated:
         raise ValueError(f"images and split are for an annotation file (.json), which {what!r} is not")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvl.interop import albef, tensors
+from jaxvl.interop import albef, convnets, tensors
 from jaxvl.interop.names import Layout, Name, layouts
 from jaxvl.interop.positions import resize_table
 from jaxvl.interop.published import Published, describe, shapes
@@ -59,7 +59,8 @@ def load(
     """
     stored = tensors.find(source)
     if model is None:
-        model = albef.describe(stored) if albef.holds(stored) else describe(read_config(source), stored)
+        by_tensors = next((family for family in (albef, convnets) if family.holds(stored)), None)
+        model = by_tensors.describe(stored) if by_tensors else describe(read_config(source), stored)
     return fill(model, stored, dtype=dtype, place=place)
 
 
@@ -183,6 +184,8 @@ def at_resolution(model: Published, params: dict[str, Any], height: int, width: 
 def layouts_of(model: Published) -> tuple[Layout, ...]:
     """Every layout in which the model is published; the first is the one to export."""
     text = model.text
+    if model.family in ("resnet", "mobilenet"):
+        return (convnets.layout(model),)
     return layouts(
         model.family, gated=bool(model.image and model.image.gated), tied=model.head != "mlm",
         heads=text.heads if text else 1, kv_heads=(text.kv_heads or text.heads) if text else 1,

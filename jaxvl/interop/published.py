@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxvl.interop.positions import Method
+from jaxvl.models import kinds
 from jaxvl.models.fusion import Fusion, LmHead, MlmHead
 from jaxvl.models.parts import Act
 from jaxvl.models.text import Text, TextOptions
-from jaxvl.models.vit import Vit, VitOptions
+from jaxvl.models.vit import VitOptions
 
 
 class Fused(NamedTuple):
@@ -31,7 +32,7 @@ class Published(NamedTuple):
     """A published model: which family, and our options for each part of it that the files hold."""
 
     family: str  # a key of names.layouts
-    image: VitOptions | None = None
+    image: Any = None  # options of a vit, or of a convolutional tower
     text: TextOptions | None = None
     image_size: int = 0  # pixels a side, at which the positions are stored
     channels: int = 3
@@ -85,10 +86,10 @@ def describe(config: dict[str, Any], names: Collection[str]) -> Published:
 
 
 def parts(model: Published) -> dict[str, Any]:
-    """Our modules of a model: "image" (Vit), "text" (Text), "lm_head" (LmHead), "mlm" (MlmHead), those that it has."""
+    """Our modules of a model: "image" (Vit, Resnet or Mobilenet), "text" (Text), "lm_head" (LmHead), "mlm" (MlmHead), those that it has."""
     out: dict[str, Any] = {}
     if model.image:
-        out["image"] = Vit(model.image)
+        out["image"] = kinds.of(model.image).module(model.image)
     if model.text:
         out["text"] = Text(model.text)
         if model.head == "lm":

@@ -1,0 +1,159 @@
+"""The published sets of composed retrieval, from the folders they are handed out in to shards and triplets.
+
+    jaxvl data make fashion200k:/data/fashion200k --out=/data/f200k --part=test
+
+PART-00000.tar ... hold KEY.jpg, KEY.txt (where the image has a text) and KEY.json; PART-triplets.jsonl the fixed triplets, where the set has
+them; PART-missing.txt the images that the set names and the folder lacks, which are left out and not fatal.
+"""
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxvl.data import siblings
+from jaxvl.data.indexing import progress
+
+ZAP = ("Category", "SubCategory", "HeelHeight", "Insole", "Closure", "Gender", "Material", "ToeStyle")
+ZAP_TRAIN = 0.8  # of the products
+ZAP_QUERIES = 5_000
+TAGS = 20  # words of Fashion-IQ's attributes that are kept, the last ones
+
+
+class Item(NamedTuple):
+    """An image that a set names: its key, its file, its text ("" for none) and its fields."""
+
+    key: str
+    file: Path
+    text: str
+    fields: dict[str, Any]
+
+
+class Set(NamedTuple):
+    items: list[Item]
+    triplets: list[dict[str, Any]]
+
+
+def make_set(what: str, folder: Path, out: Path, part: str, per_shard: int) -> tuple[list[Path], list[str]]:
+    """Writes a part of the set `what` from its folder; returns the shards and the keys of missing images.
+
+    Raises ValueError for an unknown set, and where the folder lacks the set's own lists or every image.
+    """
+    import webdataset
+
+    try:
+        found = SETS[what](folder, part)
+    except OSError as error:
+        raise ValueError(f"{what}: {folder} is not laid out as the set is published ({error})") from None
+    there = [item for item in found.items if item.file.is_file()]
+    missing = sorted({item.key for item in found.items} - {item.key for item in there})
+    if not there:
+        raise ValueError(f"{what}: none of the {len(found.items)} images of part {part!r} is in {folder}, for one {found.items[0].file if found.items else 'of none'}")
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.glob(f"{part}-*.tar")):
+        raise FileExistsError(f"{out} holds shards of {part!r} already; choose an empty folder")
+    shards = [out / f"{part}-{number:05d}.tar" for number in range(-(-len(there) // per_shard))]
+    for number, shard in enumerate(shards):
+        partial = shard.with_suffix(".partial")
+        with webdataset.TarWriter(str(partial), encoder=False, mtime=0.0) as writer:
+            for item in progress(iter(there[number * per_shard : (number + 1) * per_shard]), per_shard, f"writing {shard.name}"):
+                text = {"txt": item.text.encode()} if item.text else {}
+                writer.write({"__key__": item.key, "jpg": item.file.read_bytes(), **text, "json": json.dumps(item.fields, ensure_ascii=False).encode()})
+        partial.rename(shard)
+    if found.triplets:
+        (out / f"{part}-triplets.jsonl").write_text("".join(json.dumps(t, ensure_ascii=False) + "\n" for t in found.triplets))
+    (out / f"{part}-missing.txt").write_text("".join(f"{key}\n" for key in missing))
+    return shards, missing
+
+
+def key_of(path: str) -> str:
+    """A key without dots and folders, which tar samples need."""
+    return path.rsplit(".", 1)[0].replace("/", "-").replace(".", "_")
+
+
+def fashion200k(folder: Path, part: str) -> Set:
+    """labels/*_PART_detect_all.txt (image, score, caption, parted by tabs) and, for test, test_queries.txt of TIRG."""
+    lists = sorted((folder / "labels").glob(f"*_{part}_detect_all.txt"))
+    if not lists:
+        raise ValueError(f"fashion200k: {folder}/labels has no *_{part}_detect_all.txt")
+    items = []
+    for path in lists:
+        for line in path.read_text().splitlines():
+            image, _, caption = line.split("\t")
+            items.append(Item(key_of(image), folder / image, siblings.clean(caption), {"file": image}))
+    queries = folder / "test_queries.txt"
+    if part != "test" or not queries.is_file():
+        return Set(items, [])
+    captions = {str(item.fields["file"]): item.text for item in items}
+    triplets = []
+    for line in queries.read_text().splitlines():
+        source, target = line.split()
+        triplets.append({"reference": key_of(source), "target": key_of(target), "modification": siblings.modification(captions[source], captions[target])})
+    return Set(items, triplets)
+
+
+def fashioniq(folder: Path, part: str) -> Set:
+    """image_splits/split.CATEGORY.PART.json, captions/cap.CATEGORY.PART.json, and asin2attr of either name with attribute tags."""
+    items: dict[str, Item] = {}
+    triplets = []
+    for category in ("dress", "shirt", "toptee"):
+        tags: dict[str, Any] = {}
+        for path in sorted(folder.glob(f"**/asin2attr.{category}.{part}*.json")):
+            tags |= json.loads(path.read_text())
+        for key in json.loads((folder / "image_splits" / f"split.{category}.{part}.json").read_text()):
+            words = [w for group in tags.get(key, []) for w in (group if isinstance(group, list) else [group])]
+            items[key] = Item(key, folder / "images" / f"{key}.jpg", tag_text(words), {"category": category})
+        entries = json.loads((folder / "captions" / f"cap.{category}.{part}.json").read_text())
+        triplets += [{"reference": e["candidate"], "target": e["target"], "modification": e["captions"], "category": category} for e in entries]
+    return Set(list(items.values()), triplets)
+
+
+def tag_text(tags: list[str]) -> str:
+    """Lower-case words without repeats, the first of each kept, and of them the last TAGS."""
+    return " ".join(list(dict.fromkeys(" ".join(tags).lower().split()))[-TAGS:])
+
+
+def utzap50k(folder: Path, part: str) -> Set:
+    """ut-zap50k-data/meta-data.csv and the images of its folders; 80 % of the products, by a hash of their number, are train.
+
+    The split is a function of the product's number alone. Of test, up to ZAP_QUERIES pairs that differ in one attribute are the queries.
+    """
+    items = []
+    values: dict[str, tuple[str, ...]] = {}
+    with open(folder / "ut-zap50k-data" / "meta-data.csv", newline="", encoding="utf-8-sig") as file:
+        for row in csv.DictReader(file):
+            product = row["CID"].split("-")[0]
+            if (_share(f"product {product}") < ZAP_TRAIN) != (part == "train"):
+                continue
+            attributes = tuple((row.get(name) or "none").replace(";", " and ") for name in ZAP)
+            path = folder / "ut-zap50k-images" / "/".join(p for p in (row["Category"], row["SubCategory"], row.get("Brand", ""), f"{row['CID']}.jpg") if p)
+            items.append(Item(row["CID"], path, " ".join(attributes), dict(zip(ZAP, attributes, strict=True))))
+            if path.is_file():
+                values[row["CID"]] = attributes
+    return Set(items, [] if part == "train" else list(_one_apart(values)))
+
+
+def _one_apart(values: dict[str, tuple[str, ...]]) -> Iterator[dict[str, str]]:
+    """Queries in the order of a hash: for each reference one target that differs from it in one attribute."""
+    groups: dict[tuple, list[str]] = {}
+    for key, value in values.items():
+        for i in range(len(value)):
+            groups.setdefault((i, *value[:i], *value[i + 1 :]), []).append(key)
+    chosen = sorted(values, key=lambda key: _share(f"query {key}"))
+    count = 0
+    for key in chosen:
+        value = values[key]
+        found = [(i, other) for i in range(len(value)) for other in groups[i, *value[:i], *value[i + 1 :]] if values[other][i] != value[i]]
+        if found and count < ZAP_QUERIES:
+            i, target = min(found, key=lambda f: _share(f"{key} {f[1]}"))
+            count += 1
+            yield {"reference": key, "target": target, "modification": f"replace {value[i]} with {values[target][i]}", "kind": ZAP[i]}
+
+
+def _share(what: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.blake2b(what.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+SETS: dict[str, Callable[[Path, str], Set]] = {"fashion200k": fashion200k, "fashioniq": fashioniq, "utzap50k": utzap50k}
