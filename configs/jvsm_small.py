@@ -19,8 +19,8 @@ def get_config() -> ConfigDict:
     config.data = dict(source="glyphs://train?size=3000", triplets="beside", image_size=40, crop_scale=(0.8, 1.0), crop_ratio=(1.0, 1.0))
     config.augment = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     config.optim = dict(learning_rate=1e-3, warmup_steps=50, weight_decay=0.05)
-    config.train = dict(batch_size=128, epochs=30.0)
+    config.train = dict(batch_size=64, steps=750)
     config.checkpoint = dict(every=1000, best="val/composed/r@1")
     config.log = dict(every=20)
-    config.evals = dict(val=dict(kind="composed", source="glyphs://val", every=400))
+    config.evals = dict(val=dict(kind="composed", source="glyphs://val", every=250))
     return config

@@ -57,7 +57,8 @@ def evaluate(name: str, options: ComposedOptions, model: Model) -> tuple[dict[st
     """"composed/r@K", "image/r@K", "text/r@K", "sum/r@K", and "t2i/...", "i2t/..." of the images with a caption.
 
     Where triplets have a category, each category is ranked in its own gallery, its numbers begin with "PROTOCOL/CATEGORY/", and those
-    that begin with "PROTOCOL/" are the means; PROTOCOL is the gallery and what the texts were, such as "original,single".
+    that begin with "PROTOCOL/" are the means; PROTOCOL is the gallery and what the texts were, such as "original,single". It is left
+    out where nothing depends on it: one text a change, one gallery.
     Raises ValueError for options that cannot be.
     """
     dataset = open_checked(options, model.data)
@@ -83,7 +84,8 @@ def evaluate(name: str, options: ComposedOptions, model: Model) -> tuple[dict[st
         numbers.append({f"{what}/r@{k}": float(r) for what, ranks in found.items() for k, r in zip(options.ks, ranking.recall_at(ranks.stable, options.ks), strict=True)})
         if options.show:
             shown.append(show(name + (f" {category}" if category else ""), options, model, dataset, asked, queries["composed"], embedded.images[place[gallery]], gallery, found["composed"]))
-    protocol = f"{options.gallery},{options.texts}/" if any(categories) or any(len(t.texts) > 1 for t in rows) else ""
+    several = any(categories) or any(len(t.texts) > 1 for t in rows)
+    protocol = f"{options.gallery},{options.texts}/" if several or (options.gallery, options.texts) != ("original", "joined") else ""
     out = {f"{protocol}{k}": float(np.mean([n[k] for n in numbers])) for k in numbers[0]}
     if len(categories) > 1:
         out |= {f"{protocol}{category}/{k}": value for category, n in zip(categories, numbers, strict=True) for k, value in n.items()}
