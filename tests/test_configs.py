@@ -12,6 +12,8 @@ from jaxvl.mesh import make_mesh
 from jaxvl.methods.method import Run
 from jaxvl.tiny import shrink
 
+# Recipes that differ from another one in data and numbers alone, which shrinking makes the same.
+ALIKE = ("hpl_cars196", "hpl_inshop", "hpl_sop")
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
 
@@ -31,7 +33,7 @@ def test_full_size_in_shapes(file):
     assert metrics["loss"].shape == () and metrics["loss"].dtype == np.float32
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", [f for f in FILES if f.stem not in ALIKE], ids=lambda f: f.stem)
 def test_two_steps_resumed_bit_for_bit(file, tmp_path):
     """The run of two steps, and the same run that lost its last checkpoint and went on from the one before."""
     config = shrink(configs.load(str(file)))
