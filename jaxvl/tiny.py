@@ -47,7 +47,9 @@ def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDic
     small.checkpoint.update(every=1)
     small.log.update(every=1, tensorboard=False, wandb="")
     for section in small.evals.values():
-        section.update(source="glyphs://val?size=60" if section.kind == "composed" else "glyphs://val-seen?size=40", every=0)
+        with section.ignore_type():
+            section.source = "glyphs://val?size=60" if section.kind == "composed" else "glyphs://val-seen?size=40"
+        section.every = 0
         if section.kind == "composed":
             section.triplets = "beside"
         if section.kind == "rerank":
