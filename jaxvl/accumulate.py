@@ -10,6 +10,8 @@ microbatch at a time. Gao et al., Scaling Deep Contrastive Learning Batch Size u
 https://arxiv.org/abs/2101.06983; Pham et al., Combined Scaling for Zero-shot Transfer Learning, 2021,
 https://arxiv.org/abs/2111.10050, section 4.
 
+What frozen towers make of the rows (`Method.features`) has no gradient and is computed before all this, once.
+
 One microbatch is not encoded twice: the last of pass 1 is the first of pass 3, and keeps its activations in between. With k
 microbatches the arithmetic is (4k - 1) / 3k of that of an uncut step, a backward pass counted as two forward ones: below 4/3.
 """
@@ -44,6 +46,10 @@ def value_and_grad(method: Method, accumulate: int) -> Callable[[Any, Any, Batch
         key_encode, key_objective = jax.random.split(key)
         keys = jax.random.split(key_encode, accumulate)
         parts = cut(batch, accumulate)
+        features = method.features
+        if features is not None:
+            rows = lambda i: split_over_devices(jax.tree.map(lambda x: x[:, i], parts))
+            parts |= jax.tree.map(lambda x: x.swapaxes(0, 1), lax.map(lambda i: features(params, rows(i)), jnp.arange(accumulate)))
 
         def encode(params: Any, i: Any) -> Any:
             return encode_rows(params, split_over_devices(jax.tree.map(lambda x: x[:, i], parts)), keys[i])

@@ -269,6 +269,13 @@ def lazily(tx: optax.GradientTransformation, tables: Any) -> optax.GradientTrans
     return optax.GradientTransformation(tx.init, update)
 
 
+def check_constant(options: OptimOptions, params: Any, pattern: str) -> None:
+    """Raises ValueError where a parameter that the method takes as a constant (`Method.constant`) would be moved, by decay for one."""
+    for path, still in jax.tree_util.tree_leaves_with_path(frozen(options, params)) if pattern else ():
+        if re.search(pattern, path_str(path)) and still is not True:
+            raise ValueError(f"config.optim trains {path_str(path)}, which config.method takes as a constant; freeze it with the group ({pattern!r}, 0.0)")
+
+
 def forget(state: Any, pattern: str, when: jax.Array) -> Any:
     """An optimiser state whose moments of the leaves that match are zero where `when`."""
     pick = lambda path, x: jnp.where(when, jnp.zeros_like(x), x) if re.search(r"(^|/)" + pattern, path_str(path)) else x

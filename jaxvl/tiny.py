@@ -26,7 +26,11 @@ def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDic
     small.data.update(weights=(), image_size=32, group_shards=2, chunk=8, threads=1, workers=0)
     small.init.update(image="", text="", whole="", image_adapter="", text_adapter="")
     small.augment.update(randaugment=min(config.augment.randaugment, 1), blur_sigma=(0.1, 0.5))
-    small.method.width = 16
+    if "width" in small.method:
+        small.method.width = 16
+    if "entries" in small.method:
+        small.method.update(entries=0, adapter_heads=2, mlp1=32, mlp2=32)
+        small.tokenizer.update(context_length=128, caption_length=0, lexicon_min_count=0, prompt='the "{}" lies on')
     if "fusion_depth" in small.method:
         small.method.update(fusion_depth=1, queue=8 * devices, group_size=2, chunks=min(config.method.chunks, 2), mlm_cap=min(config.method.mlm_cap, 4))
     if "codes" in small.method:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from ml_collections import ConfigDict
 
 from jaxvl import checkpoint, config as configs, evals, facts, report
+from jaxvl.data import lexicon
 from jaxvl.data.dataset import Dataset, captions, decode_options, open_data
 from jaxvl.data.decode import canvas_side
 from jaxvl.data.stream import train_batches
@@ -29,7 +30,7 @@ from jaxvl.mesh import BATCH, make_mesh, place, process_rows, shardings, start_p
 from jaxvl.methods import METHODS
 from jaxvl.methods.method import Method, Run, for_faces
 from jaxvl.models import lora
-from jaxvl.optim import frozen, learning_rate, make_optimizer
+from jaxvl.optim import check_constant, frozen, learning_rate, make_optimizer
 from jaxvl.progress import say
 from jaxvl.state import STATE_RULES, TrainState, create, samples_seen
 from jaxvl.step import make_train_step
@@ -101,13 +102,15 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
             log.start(step=step, steps=steps, batch_size=batch_size, samples_per_epoch=dataset.epoch,
                       flops_per_sample=3 * parts.method.flops(parts.spec), chips=jax.device_count(), device_kind=jax.devices()[0].device_kind)  # fmt: skip
             log.bad(dataset.bad)
+            if restored:
+                lexicon.same(parts.tokenizer, restored.meta, workdir)
             batches = stack.enter_context(closing(train_batches(
                 dataset, parts.tokenizer, seed=recipe.seed, start=samples_seen(state.position), batch_size=batch_size, rows=process_rows(mesh, batch_size),
                 views=recipe.augment.views, sides=recipe.augment.hflip == "unsided",
             )))  # fmt: skip
 
             def save(*, block: bool = False) -> None:
-                meta = {"config": config.to_json_best_effort(), "position": {"seed": recipe.seed, "samples": samples_seen(state.position)}}
+                meta = {"config": config.to_json_best_effort(), "position": {"seed": recipe.seed, "samples": samples_seen(state.position)}, **lexicon.stamp(parts.tokenizer)}
                 with log.pause("checkpoint"):
                     saver.save(step, state, meta, values, block=block)
 
@@ -143,6 +146,7 @@ def program(parts: Parts, mesh: Mesh, steps: int) -> Program:
     recipe, method = parts.recipe, parts.method
     key = jax.random.key(recipe.seed)
     params_shape, _ = jax.eval_shape(lambda: method.init(key, parts.spec))
+    check_constant(recipe.optim, params_shape, method.constant)
     tx = make_optimizer(recipe.optim, params_shape, steps)
 
     def init(key: jax.Array) -> TrainState:
@@ -182,6 +186,7 @@ def assemble(recipe: configs.Recipe, tokenizer: Tokenizer | None, run: Run = Run
         text = text._replace(**{key: getattr(text, key) or value for key, value in known.items() if key in text._fields})
         if text.vocab_size < tokenizer.vocab_size:
             raise ValueError(f"config.text.vocab_size is {text.vocab_size}; the tokenizer has {tokenizer.vocab_size} ids")
+        run = run._replace(**lexicon.facts(tokenizer))
     optim = recipe.optim._replace(groups=lora.groups(recipe.optim.groups)) if recipe.lora.rank else recipe.optim
     choice = METHODS[recipe.method.name]
     options = choice.complete(recipe.method, run)
@@ -245,6 +250,7 @@ def read_params(parts: Parts, workdir: Path, mesh: Mesh | None, *, step: int | N
         shapes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
     folder = workdir / "checkpoints"
     found = checkpoint.restore_params(folder, shapes["params"], ema=ema, step=step)
+    lexicon.same(parts.tokenizer, found.meta, workdir)
     if parts.method.with_memory is None:
         return found
     return found._replace(state=for_faces(parts.method, found.state, checkpoint.restore_memory(folder, shapes["memory"], step=found.step).state))
@@ -260,7 +266,7 @@ def _tokenizer(recipe: configs.Recipe, workdir: Path, dataset: Dataset | None) -
     folder = workdir / "tokenizer"
     if not folder.is_dir() and jax.process_index() == 0:
         if recipe.tokenizer.name not in TRAINED:
-            made = load_tokenizer(recipe.tokenizer)
+            made = load_tokenizer(recipe.tokenizer, seen=captions(dataset, recipe.tokenizer.captions) if dataset and recipe.tokenizer.lexicon_min_count else ())
         elif dataset is None:
             raise ValueError(f"{workdir} has no tokenizer folder, and the run's tokenizer was trained on its captions")
         else:

@@ -8,6 +8,7 @@ import pytest
 from running import leaves, metrics
 
 from jaxvl import config as configs, manifest, train
+from jaxvl.data import lexicon
 from jaxvl.mesh import make_mesh
 from jaxvl.methods.method import Run
 from jaxvl.tiny import shrink
@@ -21,7 +22,9 @@ FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 def test_full_size_in_shapes(file):
     """Method, optimiser, path rules and the whole train step at full size, without an array."""
     config = configs.load(str(file))
-    tokenizer = SimpleNamespace(vocab_size=config.tokenizer.vocab_size, context_length=config.tokenizer.context_length, eos=2, mask=3)
+    words = lexicon.Lexicon(np.arange(4, 4 + (config.method.get("entries") or 100)), (), {}) if config.tokenizer.lexicon else None
+    prompt = lexicon.Prompt("{}", (4, 5), 2) if config.tokenizer.prompt else None
+    tokenizer = SimpleNamespace(vocab_size=config.tokenizer.vocab_size, context_length=config.tokenizer.context_length, eos=2, mask=3, lexicon=words, prompt=prompt)
     mesh = make_mesh(configs.read(config).mesh)
     with jax.set_mesh(mesh):
         recipe = configs.read(config)

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from running import leaves, metrics
 
 from jaxvl import config as configs, manifest, train
+from jaxvl.data import lexicon
 from jaxvl.data.text import TokenizerOptions, train_tokenizer
 from jaxvl.interop import export, importing, initial, load
 from jaxvl.interop.positions import resize_table
@@ -71,7 +72,7 @@ def test_what_is_loaded_resized_and_new(imported, tokenizer, capsys):
 def test_a_row_is_put_in_front_for_the_padding_that_a_tokenizer_adds(imported, tokenizer):
     model = importing.read(imported / "bert").model
     rows = model.text.vocab_size
-    small = SimpleNamespace(vocab_size=rows + 1, context_length=8, eos=2, mask=3)
+    small = SimpleNamespace(vocab_size=rows + 1, context_length=8, eos=2, mask=3, lexicon=None, prompt=None)
     parts = train.assemble(configs.read(config(imported, init=dict(skip=""))), small)
     shapes, _ = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
     leaf = initial.plan(parts.recipe, shapes, 1)["text/embed"]
@@ -114,3 +115,30 @@ def test_a_run_from_both_towers_trains_resumes_and_exports(imported, tmp_path):
     assert np.any(found.state["lora"]["image"]["blocks"]["mlp"]["up"]["kernel"]["b"])
     export.run(parts, found, "hf", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["VisionTextDualEncoderModel"]
+
+
+def test_codebooks_start_as_rows_of_the_decoders_output(imported, tmp_path):
+    """Of the words that the tokenizer keeps, one id lower in the file where the tokenizer puts a row for padding in front."""
+    importing.run(str(HF / "llama_gqa" / "model.safetensors"), tmp_path / "llama")
+    tower = importing.tower(tmp_path / "llama", "text")
+    rows, words = tower["vocab_size"], np.array([7, 3, 11], np.int32)
+    small = SimpleNamespace(vocab_size=rows + 1, context_length=8, eos=2, mask=3, lexicon=lexicon.Lexicon(words, ("a", "b", "c"), {}), prompt=None)
+    sections = dict(
+        method=dict(name="lexvla", adapter_heads=2, width=8), text={**tower, "dtype": "float32", "vocab_size": rows + 1},
+        init=dict(text=str(tmp_path / "llama"), skip=""), optim=dict(groups=((r"^(image/|text_codebook)", 0.0),)),
+    )  # fmt: skip
+    whole = config(imported)
+    whole.image.pooler = 0  # LexVLA reads the states of the tower
+    plain = {**whole.to_dict(), **{k: {**whole.to_dict().get(k, {}), **v} for k, v in sections.items()}, "method": {"name": "lexvla", "adapter_heads": 2}, "text": sections["text"]}
+    parts = train.assemble(configs.read(configs.complete(ConfigDict(plain))), small)
+    shapes, _ = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
+    leaves = initial.plan(parts.recipe, shapes, 1)
+    kernel = load.load(HF / "llama_gqa" / "model.safetensors").params["lm_head"]["kernel"]
+    for path in ("text_codebook", "image_codebook"):
+        got = leaves[path].change(np.asarray(kernel))
+        assert got.shape == shapes[path].shape
+        np.testing.assert_array_equal(got[:3], np.asarray(kernel).T[words - 1])
+        assert not got[3:].any()
+    far = parts.recipe._replace(method=parts.recipe.method._replace(words=(3, 7, rows + 5)))
+    with pytest.raises(ValueError, match=f"lm_head/kernel has {rows} rows of"):
+        initial.plan(far, shapes, 1)

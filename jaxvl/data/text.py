@@ -7,13 +7,15 @@ token or not 0 are moved up by one (`Tokenizer.offset`), so `tokens != 0` is the
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxvl.data import words
+from jaxvl.data import lexicon as lexicons, words
+from jaxvl.data.lexicon import Lexicon, Prompt
 
 PAD, BOS, EOS, MASK = "<pad>", "<bos>", "<eos>", "<mask>"  # of the trained tokenizers
 TRAINED = ("bpe", "words")  # tokenizers that are made of the captions themselves
@@ -59,6 +61,11 @@ class TokenizerOptions(NamedTuple):
 
     end: whether a caption ends in EOS; ALBEF and TCL feed BERT none ([CLS] and word pieces). vocab_size and captions (how many to train
     on at most) are those of a tokenizer made of captions, lowercase that of the BPE.
+
+    prompt: a text with one {} for the caption, or a name in `lexicon.PROMPTS`; it is tokenised with the caption as one string, and never cut.
+    caption_length: ids that a caption may add to it, 0 for as many as fit. prompt_shared: refuse a caption that changes the ids which all prompts
+    begin with, so that a decoder may read those once for all captions. lexicon: the ids that are words of lexical vectors, by rule
+    (`lexicon.RULES`) or from a file; lexicon_min_count: those of them seen as often in the captions; lexicon_stop: ids of the tokenizer that are none.
     """
 
     name: str = "bpe"
@@ -67,13 +74,20 @@ class TokenizerOptions(NamedTuple):
     lowercase: bool = True
     captions: int = 1_000_000
     end: bool = True
+    prompt: str = ""
+    caption_length: int = 0
+    prompt_shared: bool = True
+    lexicon: str = ""
+    lexicon_min_count: int = 0
+    lexicon_stop: tuple[int, ...] = ()
 
 
 class Tokenizer:
     """Captions to ids and back.
 
     vocab_size: number of ids, padding included. bos, eos, mask: their ids, None for a bos or mask that the tokenizer has not. offset: what was
-    added to the ids of the tokenizer it came from, 0 or 1; imported embedding tables need as many rows put in front.
+    added to the ids of the tokenizer it came from, 0 or 1; imported embedding tables need as many rows put in front. prompt, lexicon: see
+    `ask` and `lexicon.py`, None without.
     """
 
     def __init__(self, backend: Any, context_length: int, bos: str | None, eos: str, pad: str | None, end: bool = True, mask: str | None = None) -> None:
@@ -96,15 +110,64 @@ class Tokenizer:
         self.bos = None if first is None else first + self.offset
         self.eos = last + self.offset
         self.mask = backend.token_to_id(mask) + self.offset if mask else None
+        self.prompt: Prompt | None = None
+        self.lexicon: Lexicon | None = None
+        self._most, self._ended = context_length, end
+
+    def ask(self, template: str, caption_length: int = 0, *, shared: bool = True) -> None:
+        """From now on captions are put into `template`, which has one {}. Raises ValueError where the context leaves no room for a caption.
+
+        shared: refuse captions that change the ids in which all prompts begin.
+        """
+        self._backend.no_truncation()
+        probes = [self._ids([template.replace("{}", probe)])[0] for probe in lexicons.PROBES]
+        empty = len(probes[0])
+        room = self.context_length - empty
+        if room < 1 or caption_length > room:
+            raise ValueError(
+                f"tokenizer.context_length is {self.context_length}; the prompt alone takes {empty} ids, and tokenizer.caption_length asks for {caption_length or 1} more"
+            )
+        front, tail = lexicons.shared_ends(probes)
+        # Where no probe joins with the last id in front of the caption, another caption still may.
+        head = template.split("{}")[0]
+        whole = len(self._ids([head])[0]) - self._ended if head else 0
+        front = front[: max(whole - 1, 0)]
+        self.prompt = Prompt(template, tuple(i + self.offset for i in front) if shared else (), tail)
+        self._most = empty + (caption_length or room)
 
     def encode_batch(self, captions: Sequence[str]) -> np.ndarray:
-        """int32 [len(captions), context_length]: BOS, tokens, EOS (where captions end in one), padding; a long caption loses its end, never its EOS."""
-        rows = [encoding.ids for encoding in self._backend.encode_batch_fast(captions)]
+        """int32 [len(captions), context_length]: BOS, tokens, EOS (where captions end in one), padding; a long caption loses its end, never its EOS.
+
+        With a prompt, BOS, the prompt around the caption, EOS. Raises ValueError for a caption that changes how a prompt begins, where that is guarded.
+        """
+        rows = self._ids(captions) if self.prompt is None else self._prompted(captions, self.prompt)
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         tokens = np.zeros((len(rows), self.context_length), np.int32)
         flat = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum()))
         tokens[np.arange(self.context_length) < lengths[:, None]] = flat + self.offset
         return tokens
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts)]
+
+    def _prompted(self, captions: Sequence[str], prompt: Prompt) -> list[list[int]]:
+        captions = list(captions)
+        rows = self._ids([prompt.template.replace("{}", caption) for caption in captions])
+        while long := [i for i, row in enumerate(rows) if len(row) > self._most]:
+            for i, alone in zip(long, self._backend.encode_batch([captions[i] for i in long], add_special_tokens=False), strict=True):
+                # What a caption adds to a prompt is about, and not always, what it comes to alone: so until it fits.
+                kept = max(len(alone.ids) - (len(rows[i]) - self._most), 0)
+                cut = captions[i][: alone.offsets[kept - 1][1]] if kept else ""
+                captions[i] = cut if len(cut) < len(captions[i]) else captions[i][:-1]
+            for i, row in zip(long, self._ids([prompt.template.replace("{}", captions[i]) for i in long]), strict=True):
+                rows[i] = row
+        front = [i - self.offset for i in prompt.shared]
+        if odd := [caption for caption, row in zip(captions, rows, strict=True) if row[: len(front)] != front]:
+            raise ValueError(
+                f"the caption {odd[0]!r} changes the first {len(front)} ids, which all prompts should share, since the tokenizer joins it with the "
+                f"prompt; set tokenizer.prompt_shared=False, which reads each prompt whole"
+            )
+        return rows
 
     def decode(self, tokens: np.ndarray) -> str:
         """The text of one row of ids, without special tokens and padding."""
@@ -121,6 +184,8 @@ class Tokenizer:
         config |= {name: token for name, token in self._names.items() if token}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
         self._backend.save(str(folder / "tokenizer.json"))
+        if self.lexicon is not None:
+            lexicons.save(self.lexicon, folder, self.offset)
 
 
 def check(options: TokenizerOptions) -> None:
@@ -130,6 +195,9 @@ def check(options: TokenizerOptions) -> None:
     for name in ("context_length", "captions"):
         if getattr(options, name) < 1:
             raise ValueError(f"tokenizer.{name} is {getattr(options, name)}; it takes a positive number")
+    if options.caption_length < 0:
+        raise ValueError(f"tokenizer.caption_length is {options.caption_length}; it must be positive, or 0 for as many as fit")
+    lexicons.check(options.lexicon, options.prompt, options.lexicon_min_count)
 
 
 def train_tokenizer(captions: Iterable[str], options: TokenizerOptions) -> Tokenizer:
@@ -145,9 +213,11 @@ def train_tokenizer(captions: Iterable[str], options: TokenizerOptions) -> Token
         first = next(captions)
     except StopIteration:
         raise ValueError("there are no captions to train a tokenizer on; set tokenizer.name to a folder or a hub name") from None
-    captions = itertools.islice(itertools.chain([first], captions), options.captions)
+    kept = list(itertools.islice(itertools.chain([first], captions), options.captions))
+    captions = [*lexicons.template(options.prompt).split("{}"), *kept] if options.prompt else kept
     if options.name == "words":
-        return Tokenizer(words.backend(captions, [PAD, EOS], options.vocab_size), options.context_length, None, EOS, PAD, options.end)
+        made = Tokenizer(words.backend(captions, [PAD, EOS], options.vocab_size), options.context_length, None, EOS, PAD, options.end)
+        return _complete(made, options, kept)
     backend = Backend(models.BPE())
     steps = [normalizers.NFKC()] + [normalizers.Lowercase()] * options.lowercase
     backend.normalizer = normalizers.Sequence(steps)
@@ -158,13 +228,14 @@ def train_tokenizer(captions: Iterable[str], options: TokenizerOptions) -> Token
         vocab_size=options.vocab_size, special_tokens=[PAD, BOS, EOS, MASK], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(captions, trainer)
-    return Tokenizer(backend, options.context_length, BOS, EOS, PAD, options.end, MASK)
+    return _complete(Tokenizer(backend, options.context_length, BOS, EOS, PAD, options.end, MASK), options, kept)
 
 
-def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None) -> Tokenizer:
+def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None, seen: Iterable[str] = ()) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` left in `folder`, or else the one that `options.name` names.
 
-    Raises OSError where it cannot be found, ValueError where it has no fast version or no token that ends a text.
+    seen: captions whose ids are counted where options.lexicon_min_count asks for it; not those of a folder, which keeps its list of words.
+    Raises OSError where it cannot be found, ValueError where it has no fast version, no token that ends a text or no such words.
     """
     check(options)
     if folder is not None:
@@ -172,7 +243,8 @@ def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None) 
 
         names = json.loads((Path(folder) / "tokenizer_config.json").read_text())
         saved = Backend.from_file(str(Path(folder) / "tokenizer.json"))
-        return Tokenizer(saved, options.context_length, names.get("bos_token"), names["eos_token"], names.get("pad_token"), options.end, names.get("mask_token"))
+        made = Tokenizer(saved, options.context_length, names.get("bos_token"), names["eos_token"], names.get("pad_token"), options.end, names.get("mask_token"))
+        return _complete(made, options, (), Path(folder))
     if options.name in TRAINED:
         raise ValueError(f"tokenizer.name is {options.name!r}, which is trained on captions; only a folder or a hub name can be loaded")
     from transformers import AutoTokenizer
@@ -184,7 +256,39 @@ def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None) 
     bos, eos = found.bos_token or found.cls_token, found.eos_token or found.sep_token
     if eos is None:
         raise ValueError(f"tokenizer.name is {options.name!r}, which has no EOS or SEP token; text encoders need one to end a caption")
-    return Tokenizer(backend, options.context_length, bos, eos, found.pad_token, options.end, found.mask_token)
+    return _complete(Tokenizer(backend, options.context_length, bos, eos, found.pad_token, options.end, found.mask_token), options, seen)
+
+
+def _complete(made: Tokenizer, options: TokenizerOptions, seen: Iterable[str], folder: Path | None = None) -> Tokenizer:
+    """The prompt and the words that the options ask for; the words are those of `folder`, where it is given."""
+    if options.lexicon:
+        what = {"rule": options.lexicon, "min_count": options.lexicon_min_count, "stop": list(options.lexicon_stop)}
+        backend = made._backend
+        vocabulary = backend.get_vocab()
+
+        def count() -> Counter[int]:
+            counts: Counter[int] = Counter()
+            for some in _in_parts(seen, 4096):
+                for row in made._ids(some):
+                    counts.update(i + made.offset for i in row)
+            if not counts:
+                raise ValueError(f"tokenizer.lexicon_min_count is {options.lexicon_min_count}, and there are no captions to count words in")
+            return counts
+
+        if folder is not None:
+            made.lexicon = lexicons.load(folder, vocabulary, made.offset, what)
+        else:
+            special = {str(t) for t in backend.get_added_tokens_decoder().values() if t.special} | {words.UNKNOWN}
+            made.lexicon = lexicons.choose(vocabulary, special | set(filter(None, made._names.values())), made.offset, what, count)
+    if options.prompt:
+        made.ask(lexicons.template(options.prompt), options.caption_length, shared=options.prompt_shared)
+    return made
+
+
+def _in_parts(texts: Iterable[str], size: int) -> Iterable[list[str]]:
+    texts = iter(texts)
+    while part := list(itertools.islice(texts, size)):
+        yield part
 
 
 def clean_caption(raw: bytes | str, cleaning: Cleaning = Cleaning()) -> str:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvl import checkpoint, manifest
+from jaxvl.data import lexicon
 from jaxvl.interop import importing, peft
 from jaxvl.interop.positions import Method, resize_table
 from jaxvl.mesh import path_str
@@ -107,6 +108,7 @@ def plan(recipe: Any, params: Any, offset: int, memory: Any = ()) -> dict[str, L
                 faults += _differences(name, options.whole, ours, getattr(source, name), options.differ)
         take("whole", source, {path: path for path in (*wanted, *kept) if path != STEP})
         _queues(leaves, kept)
+        _same_words(source, leaves, recipe, offset)
     for name, folder, ours in (("image", options.image, image), ("text", options.text, text)):
         if not folder:
             continue
@@ -124,6 +126,8 @@ def plan(recipe: Any, params: Any, offset: int, memory: Any = ()) -> dict[str, L
             names |= {path: path for path in wanted if path.startswith("mlm/")}
         faults += _differences(name, folder, ours, theirs, options.differ)
         take(name, source, names)
+        if name == "text":
+            leaves |= _codebooks(source, recipe, wanted, offset)
     for name in ("image", "text"):
         if getattr(options, f"{name}_adapter"):
             try:
@@ -195,6 +199,36 @@ def _open(folder: str, key: str) -> Source:
     config = json.loads((root / "config.json").read_text())
     image, text = (importing.tower_options(name, config[name]) for name in ("image", "text"))
     return Source(root / "checkpoints", image, text, "bicubic")
+
+
+def _codebooks(source: Source, recipe: Any, wanted: dict[str, Any], offset: int) -> dict[str, Leaf]:
+    """Codebooks start as the rows that an imported decoder's output matrix has for their words, or its embeddings where it is tied."""
+    saved, words = _saved(source.checkpoints), np.array(getattr(recipe.method, "words", ()), np.int64) - offset
+    paths = [path for path in ("text_codebook", "image_codebook") if path in wanted and not (recipe.init.skip and re.search(recipe.init.skip, path))]
+    theirs = next((path for path in ("lm_head/kernel", "text/embed") if path in saved), None)
+    if theirs is None or not paths:
+        return {}
+    tied = theirs == "text/embed"
+    rows, width = saved[theirs].shape if tied else saved[theirs].shape[::-1]
+    total, wide = wanted[paths[0]].shape
+    if wide != width or len(words) == 0 or words.max() >= rows:
+        last = words.max(initial=-1)
+        raise ValueError(f"config.init.text: {theirs} has {rows} rows of {width}; the codebooks are of {len(words)} words up to id {last} and {wide} wide")
+    change = lambda x: np.pad((x if tied else x.T)[words], ((0, total - len(words)), (0, 0)))
+    return {path: Leaf(str(source.checkpoints), saved[theirs], change, f"{len(words)} rows of {theirs}", path=theirs) for path in paths}
+
+
+def _same_words(source: Source, leaves: dict[str, Leaf], recipe: Any, offset: int) -> None:
+    """Raises ValueError where a run whose codebooks are loaded has them of other words than this one."""
+    if not any(path.endswith("_codebook") for path in leaves):
+        return
+    file = source.checkpoints.parent / "tokenizer" / lexicon.FILE
+    theirs = np.array(json.loads(file.read_text())["ids"]) + offset if file.is_file() else np.zeros(0)
+    if theirs.tolist() != list(recipe.method.words):
+        raise ValueError(
+            f"config.init.whole: the codebooks in {source.checkpoints.parent} are of {len(theirs)} words, which are not the {len(recipe.method.words)} of this run; "
+            f"give both one tokenizer and one config.tokenizer.lexicon, or start codebooks anew with config.init.skip='_codebook$'"
+        )
 
 
 def _adapters(name: str, recipe: Any, wanted: dict[str, Any]) -> dict[str, Leaf]:

@@ -30,6 +30,7 @@ METHODS = {
     "codis": Choice("jaxvl.methods.codis", "CodisOptions"),
     "hpl": Choice("jaxvl.methods.hpl", "HplOptions"),
     "jvsm": Choice("jaxvl.methods.jvsm", "JvsmOptions"),
+    "lexvla": Choice("jaxvl.methods.lexvla", "LexvlaOptions"),
     "siglip": Choice("jaxvl.methods.siglip", "SiglipOptions"),
     "tcl": Choice("jaxvl.methods.tcl", "TclOptions"),
 }

@@ -34,7 +34,8 @@ class Run(NamedTuple):
     """What a method may need to know of the run it is part of, 0 or empty where it is not known (an evaluation has no steps).
 
     steps, epoch, warmup: optimiser steps of the run, of one pass over the data, and of the learning rate's warm-up. classes: of the
-    training data. parents: of each class, then of each group of the level before, the group above it.
+    training data. parents: of each class, then of each group of the level before, the group above it. words: the ids that the tokenizer
+    keeps as words (`data/lexicon.py`); prefix, tail: the ids that every prompt begins with, and how many it ends in.
     """
 
     steps: int = 0
@@ -42,6 +43,9 @@ class Run(NamedTuple):
     warmup: int = 0
     classes: int = 0
     parents: tuple[tuple[int, ...], ...] = ()
+    words: tuple[int, ...] = ()
+    prefix: tuple[int, ...] = ()
+    tail: int = 0
 
 
 class Renewed(NamedTuple):
@@ -93,6 +97,9 @@ class Method(NamedTuple):
     reads: the arrays of a batch that `loss` needs.
     constrain: (params) -> params, what every step begins with, such as a scalar cut back to its bounds; None for nothing.
     terms: (batch_spec) -> {name: Term}, whose FLOPs add up to `flops`; None where nobody has taken the loss apart.
+    features: (params, batch) -> arrays [B, ...] that frozen towers make of a batch and `encode` reads in it where they are there, so that they
+      are computed once however often rows are encoded; None for a method without.
+    constant: pattern of parameters that the method takes as constants; an optimiser that would move them is refused. "" for none.
     """
 
     init: Callable[[jax.Array, dict], tuple[Any, Any]]
@@ -111,6 +118,8 @@ class Method(NamedTuple):
     terms: Callable[[dict], dict[str, Term]] | None = None
     refresh: Callable[[Any, Any, jax.Array], Renewed] | None = None
     reads: tuple[str, ...] = ("image", "tokens")
+    features: Callable[[Any, Batch], Batch] | None = None
+    constant: str = ""
 
 
 def for_faces(method: Method, params: Any, memory: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity import codis, hf, hpl, jvsm, lexvla, metrics, tcl, tcl_eval
+from tests.parity import codis, hf, hpl, jvsm, lexvla, lexvla_model, metrics, tcl, tcl_eval
 from tests.parity.case import Case, Check
 
 FAMILIES: dict[str, dict[str, Check]] = {
@@ -15,7 +15,7 @@ FAMILIES: dict[str, dict[str, Check]] = {
     "hf": hf.CHECKS,
     "jvsm": jvsm.CHECKS,
     "hpl": hpl.CHECKS,
-    "lexvla": lexvla.CHECKS,
+    "lexvla": {**lexvla.CHECKS, **lexvla_model.CHECKS},
     "metrics": metrics.CHECKS,
     "tcl": {**tcl.CHECKS, **tcl_eval.CHECKS},
 }
