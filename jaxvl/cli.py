@@ -130,14 +130,14 @@ def _import(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def _export(args: argparse.Namespace, overrides: list[str]) -> int:
-    from jaxvl import train
+    from jaxvl import assembly
     from jaxvl.interop import export
 
     exact = [] if args.format == "stablehlo" else ["image.dtype=float32", "text.dtype=float32"]
-    recipe = train.read_recipe(args.workdir, ["image.attention=xla", "text.attention=xla", *exact, *overrides])
-    parts = train.build(recipe, args.workdir, None)
-    memory = train.read_memory(parts, args.workdir, step=args.step) if args.format == "albef" else None
-    return export.run(parts, train.read_params(parts, args.workdir, None, step=args.step, ema=args.ema), args.format, args.out, memory)
+    recipe = assembly.read_recipe(args.workdir, ["image.attention=xla", "text.attention=xla", *exact, *overrides])
+    parts = assembly.build(recipe, args.workdir, None)
+    memory = assembly.read_memory(parts, args.workdir, step=args.step) if args.format == "albef" else None
+    return export.run(parts, assembly.read_params(parts, args.workdir, None, step=args.step, ema=args.ema), args.format, args.out, memory)
 
 
 def _report(args: argparse.Namespace, _: list[str]) -> int:

@@ -6,62 +6,29 @@ An evaluation comes before the save of the same step, so that a run resumed ther
 import json
 import signal
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from ml_collections import ConfigDict
 
-from jaxvl import checkpoint, config as configs, evals, facts, report
+from jaxvl import assembly, checkpoint, config as configs, evals, report
 from jaxvl.data import lexicon
-from jaxvl.data.dataset import Dataset, captions, decode_options, open_data
-from jaxvl.data.decode import canvas_side
+from jaxvl.data.dataset import Dataset, open_data
 from jaxvl.data.stream import train_batches
-from jaxvl.data.text import TRAINED, Tokenizer, load_tokenizer, train_tokenizer
 from jaxvl.interop import initial
-from jaxvl.mesh import BATCH, make_mesh, place, process_rows, shardings, start_processes
-from jaxvl.methods import METHODS
-from jaxvl.methods.method import Method, Run, for_faces
-from jaxvl.models import lora
-from jaxvl.optim import check_constant, frozen, learning_rate, make_optimizer
+from jaxvl.mesh import make_mesh, place, process_rows, start_processes
+from jaxvl.methods.method import for_faces
 from jaxvl.progress import say
-from jaxvl.state import STATE_RULES, TrainState, create, samples_seen
-from jaxvl.step import make_train_step
+from jaxvl.state import samples_seen
 
 # What may differ between two starts of one run; a change of anything else is pointed out.
 MAY_CHANGE = ("mesh.", "checkpoint.", "log.", "evals.", "train.steps", "train.epochs", "data.workers", "data.threads")
 TERMINATED = 143  # exit status of a run that SIGTERM stopped: saved, not finished
-
-
-class Parts(NamedTuple):
-    """What training and evaluating a run share. recipe: completed by the tokenizer, the adapters and `run`. tokenizer: None where the data
-    have no captions. spec: shapes and dtypes of a global batch as the method sees it."""
-
-    recipe: configs.Recipe
-    tokenizer: Tokenizer | None
-    method: Method
-    spec: dict[str, jax.ShapeDtypeStruct]
-    run: Run = Run()
-
-
-class Program(NamedTuple):
-    """What is compiled: init: key -> state. step: (state, batch) -> (state, metrics). state, batch: shapes with shardings.
-
-    out_shardings: of the state and of the metrics; pinned, since the state of one step is the input of the next.
-    """
-
-    init: Callable[[jax.Array], TrainState]
-    step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
-    state: TrainState
-    batch: dict[str, jax.ShapeDtypeStruct]
-    out_shardings: tuple[TrainState, NamedSharding]
 
 
 def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
@@ -84,11 +51,11 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
         dataset = open_data(recipe.data)
         _same_everywhere(dataset)
         evals.check(recipe.evals, recipe.data)
-        parts = build(recipe, workdir, dataset)
+        parts = assembly.build(recipe, workdir, dataset)
         batch_size = recipe.train.batch_size
         steps = parts.run.steps
 
-        plan = program(parts, mesh, steps)
+        plan = assembly.program(parts, mesh, steps)
         fresh = not checkpoint.whole_steps(workdir / "checkpoints")
         start = initial.plan(parts.recipe, plan.state.params, parts.tokenizer.offset if parts.tokenizer else 0, plan.state.memory) if fresh else {}
         with log.pause("compile"):
@@ -141,142 +108,19 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
     return 0
 
 
-def program(parts: Parts, mesh: Mesh, steps: int) -> Program:
-    """The step of a run of `steps` steps and the shapes and shardings it works on; makes no array."""
-    recipe, method = parts.recipe, parts.method
-    key = jax.random.key(recipe.seed)
-    params_shape, _ = jax.eval_shape(lambda: method.init(key, parts.spec))
-    check_constant(recipe.optim, params_shape, method.constant)
-    tx = make_optimizer(recipe.optim, params_shape, steps)
-
-    def init(key: jax.Array) -> TrainState:
-        params, memory = method.init(key, parts.spec)
-        return create(params, memory, tx.init(params), key, ema=recipe.optim.ema_decay > 0)
-
-    shapes = jax.eval_shape(init, key)
-    placed = shardings(shapes, (*STATE_RULES, *method.rules), mesh)
-    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
-    batch_size, side = recipe.train.batch_size, recipe.data.image_size
-    on_device = recipe.data.resize == "device"
-    canvas = canvas_side(decode_options(recipe.data)) if on_device else side
-    host: dict[str, jax.ShapeDtypeStruct] = {}
-    for suffix in [*("", "_aug")[: recipe.augment.views], *["_reference"] * bool(recipe.data.triplets)]:
-        host[f"image{suffix}"] = jax.ShapeDtypeStruct((batch_size, canvas, canvas, 3), jnp.uint8)
-        if on_device:
-            host[f"frame{suffix}"] = jax.ShapeDtypeStruct((batch_size, 6), jnp.float32)
-    if recipe.augment.hflip == "unsided":
-        host["sided"] = jax.ShapeDtypeStruct((batch_size,), jnp.bool_)
-    batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, BATCH)) for k, v in {**parts.spec, **host}.items()}
-    step = make_train_step(method, tx, recipe.augment, recipe.optim, learning_rate(recipe.optim, steps),
-                           image_size=side, accumulate=recipe.train.accumulate, grad_shardings=placed.params)  # fmt: skip
-    return Program(init, step, state, batch, (placed, NamedSharding(mesh, P())))
-
-
-def build(recipe: configs.Recipe, workdir: Path, dataset: Dataset | None) -> Parts:
-    """The parts of the run in `workdir`; its tokenizer is its own where it has one, else trained or loaded, and kept."""
-    tokenizer = None if recipe.data.captions == "none" else _tokenizer(recipe, workdir, dataset)
-    return assemble(recipe, tokenizer, facts.of_run(recipe, workdir, dataset))
-
-
-def assemble(recipe: configs.Recipe, tokenizer: Tokenizer | None, run: Run = Run()) -> Parts:
-    """Method and batch spec of a recipe for a tokenizer (None without captions) and a run. Raises ValueError for towers that cannot be."""
-    text = recipe.text
-    if tokenizer is not None:
-        known = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos, "mask_id": tokenizer.mask or 0}
-        text = text._replace(**{key: getattr(text, key) or value for key, value in known.items() if key in text._fields})
-        if text.vocab_size < tokenizer.vocab_size:
-            raise ValueError(f"config.text.vocab_size is {text.vocab_size}; the tokenizer has {tokenizer.vocab_size} ids")
-        run = run._replace(**lexicon.facts(tokenizer))
-    optim = recipe.optim._replace(groups=lora.groups(recipe.optim.groups)) if recipe.lora.rank else recipe.optim
-    choice = METHODS[recipe.method.name]
-    options = choice.complete(recipe.method, run)
-    method = lora.wrap(choice.build(recipe.image, text, options), recipe.lora, partial(frozen, optim))
-    evals.suits(recipe.evals, recipe.method.name, method)
-    size, batch = recipe.data.image_size, recipe.train.batch_size
-    spec = {"image": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)}
-    if tokenizer is not None:
-        spec["tokens"] = jax.ShapeDtypeStruct((batch, tokenizer.context_length), jnp.int32)
-    if recipe.data.label:
-        spec["label"] = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    if recipe.augment.views == 2:
-        spec["image_aug"] = spec["image"]
-    if recipe.data.triplets:
-        if method.compose is None:
-            raise ValueError(f"config.data.triplets is {recipe.data.triplets!r}, but the method {recipe.method.name} composes no queries; leave it empty")
-        for name, plain in (("augment.views", recipe.augment.views == 1), ("augment.hflip", recipe.augment.hflip != "unsided"), ("data.id", not recipe.data.id)):
-            if not plain:
-                raise ValueError(f"config.{name} cannot be set with data.triplets, whose batches have two images and three texts a row")
-        spec["image_reference"] = spec["image"]
-        spec |= {f"tokens_{name}": spec["tokens"] for name in ("reference", "modification")}
-        spec |= {name: jax.ShapeDtypeStruct((batch,), jnp.int32) for name in ("id", "id_reference")}
-    if recipe.data.id:
-        spec["id"] = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    if missing := {"tokens", "label"} & set(method.reads) - set(spec):
-        key = {"tokens": "data.captions must not be none", "label": "data.label must name a field"}
-        raise ValueError(f"config.method.name is {recipe.method.name!r}, which reads {' and '.join(sorted(missing))}: {'; '.join(key[k] for k in sorted(missing))}")
-    return Parts(recipe._replace(text=text, optim=optim, method=options), tokenizer, method, spec, run)
-
-
 def evaluate(workdir: Path, overrides: list[str], *, step: int | None = None, ema: bool = False) -> int:
     """Evaluate a checkpoint of the run in `workdir` with the code the run itself uses; prints the table and writes eval.json."""
-    recipe = read_recipe(workdir, overrides)
+    recipe = assembly.read_recipe(workdir, overrides)
     start_processes()
     mesh = make_mesh(recipe.mesh)
     with jax.set_mesh(mesh):
-        parts = build(recipe, workdir, None)
-        found = read_params(parts, workdir, mesh, step=step, ema=ema)
+        parts = assembly.build(recipe, workdir, None)
+        found = assembly.read_params(parts, workdir, mesh, step=step, ema=ema)
         values, _ = evals.run(recipe.evals, parts.method, found.state, parts.tokenizer, recipe.data, recipe.augment)
     if jax.process_index() == 0:
         (workdir / "eval.json").write_text(json.dumps({"step": found.step, "ema": ema, **values}, indent=2))
         report.print_values(values)
     return 0
-
-
-def read_recipe(workdir: Path, overrides: list[str]) -> configs.Recipe:
-    """The recipe of the run in `workdir`, changed by `overrides`. Raises ValueError where there is no run."""
-    file = workdir / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{workdir} is no run: it has no config.json")
-    return configs.read(configs.load(str(file), overrides))
-
-
-def read_params(parts: Parts, workdir: Path, mesh: Mesh | None, *, step: int | None = None, ema: bool = False) -> checkpoint.Restored:
-    """The parameters of a run's checkpoint as the method's faces take them, split over `mesh`, or as numpy arrays without one."""
-    key = jax.random.key(parts.recipe.seed)
-    params, memory = jax.eval_shape(lambda: parts.method.init(key, parts.spec))
-    shapes = {"params": params, "memory": memory}
-    if mesh is not None:
-        placed = shardings(shapes, parts.method.rules, mesh)
-        shapes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
-    folder = workdir / "checkpoints"
-    found = checkpoint.restore_params(folder, shapes["params"], ema=ema, step=step)
-    lexicon.same(parts.tokenizer, found.meta, workdir)
-    if parts.method.with_memory is None:
-        return found
-    return found._replace(state=for_faces(parts.method, found.state, checkpoint.restore_memory(folder, shapes["memory"], step=found.step).state))
-
-
-def read_memory(parts: Parts, workdir: Path, *, step: int | None = None) -> Any:
-    """What the method of a run's checkpoint remembers, as numpy arrays."""
-    _, shapes = jax.eval_shape(lambda: parts.method.init(jax.random.key(parts.recipe.seed), parts.spec))
-    return checkpoint.restore_memory(workdir / "checkpoints", shapes, step=step).state
-
-
-def _tokenizer(recipe: configs.Recipe, workdir: Path, dataset: Dataset | None) -> Tokenizer:
-    folder = workdir / "tokenizer"
-    if not folder.is_dir() and jax.process_index() == 0:
-        if recipe.tokenizer.name not in TRAINED:
-            made = load_tokenizer(recipe.tokenizer, seen=captions(dataset, recipe.tokenizer.captions) if dataset and recipe.tokenizer.lexicon_min_count else ())
-        elif dataset is None:
-            raise ValueError(f"{workdir} has no tokenizer folder, and the run's tokenizer was trained on its captions")
-        else:
-            made = train_tokenizer(captions(dataset, recipe.tokenizer.captions), recipe.tokenizer)
-        partial = workdir / "tokenizer.partial"
-        made.save(partial)
-        partial.rename(folder)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("tokenizer")
-    return load_tokenizer(recipe.tokenizer, folder)
 
 
 def _same_everywhere(dataset: Dataset) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from running import leaves, metrics
 
-from jaxvl import config as configs, manifest, train
+from jaxvl import assembly, config as configs, manifest, train
 from jaxvl.data import lexicon
 from jaxvl.mesh import make_mesh
 from jaxvl.methods.method import Run
@@ -28,8 +28,8 @@ def test_full_size_in_shapes(file):
     mesh = make_mesh(configs.read(config).mesh)
     with jax.set_mesh(mesh):
         recipe = configs.read(config)
-        parts = train.assemble(recipe, None if recipe.data.captions == "none" else tokenizer, Run(classes=getattr(recipe.method, "classes", 0) or 97))
-        plan = train.program(parts, mesh, steps=10_000)
+        parts = assembly.assemble(recipe, None if recipe.data.captions == "none" else tokenizer, Run(classes=getattr(recipe.method, "classes", 0) or 97))
+        plan = assembly.program(parts, mesh, steps=10_000)
         state, metrics = jax.eval_shape(plan.step, plan.state, plan.batch)
     assert jax.tree.structure(state) == jax.tree.structure(plan.state)
     assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(plan.state), strict=True))

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 from running import leaves, metrics
 
-from jaxvl import config as configs, manifest, train
+from jaxvl import assembly, config as configs, manifest, train
 from jaxvl.data import lexicon
 from jaxvl.data.text import TokenizerOptions, train_tokenizer
 from jaxvl.interop import export, importing, initial, load
@@ -46,7 +46,7 @@ def config(imported, **sections):
 
 
 def planned(imported, tokenizer, **sections):
-    parts = train.assemble(configs.read(config(imported, **sections)), tokenizer)
+    parts = assembly.assemble(configs.read(config(imported, **sections)), tokenizer)
     shapes, _ = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
     return shapes, initial.plan(parts.recipe, shapes, tokenizer.offset)
 
@@ -73,7 +73,7 @@ def test_a_row_is_put_in_front_for_the_padding_that_a_tokenizer_adds(imported, t
     model = importing.read(imported / "bert").model
     rows = model.text.vocab_size
     small = SimpleNamespace(vocab_size=rows + 1, context_length=8, eos=2, mask=3, lexicon=None, prompt=None)
-    parts = train.assemble(configs.read(config(imported, init=dict(skip=""))), small)
+    parts = assembly.assemble(configs.read(config(imported, init=dict(skip=""))), small)
     shapes, _ = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
     leaf = initial.plan(parts.recipe, shapes, 1)["text/embed"]
     table = np.random.default_rng(0).standard_normal((rows, 3))
@@ -108,8 +108,8 @@ def test_a_run_from_both_towers_trains_resumes_and_exports(imported, tmp_path):
     manifest.delete(run / "checkpoints", 2)
     assert train.train(recipe, run) == 0
     assert metrics(run) == logged and leaves(run, step=2) == final
-    parts = train.build(train.read_recipe(run, []), run, None)
-    found = train.read_params(parts, run, None)
+    parts = assembly.build(assembly.read_recipe(run, []), run, None)
+    found = assembly.read_params(parts, run, None)
     want = load.load(HF / "vit" / "model.safetensors", dtype="bfloat16").params["image"]["blocks"]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(found.state["image"]["blocks"]["mlp"]["up"]["kernel"], want)
     assert np.any(found.state["lora"]["image"]["blocks"]["mlp"]["up"]["kernel"]["b"])
@@ -130,7 +130,7 @@ def test_codebooks_start_as_rows_of_the_decoders_output(imported, tmp_path):
     whole = config(imported)
     whole.image.pooler = 0  # LexVLA reads the states of the tower
     plain = {**whole.to_dict(), **{k: {**whole.to_dict().get(k, {}), **v} for k, v in sections.items()}, "method": {"name": "lexvla", "adapter_heads": 2}, "text": sections["text"]}
-    parts = train.assemble(configs.read(configs.complete(ConfigDict(plain))), small)
+    parts = assembly.assemble(configs.read(configs.complete(ConfigDict(plain))), small)
     shapes, _ = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
     leaves = initial.plan(parts.recipe, shapes, 1)
     kernel = load.load(HF / "llama_gqa" / "model.safetensors").params["lm_head"]["kernel"]

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jax.stages import Compiled
 
 from jaxvl import config as configs
+from jaxvl.assembly import assemble, program
 from jaxvl.bench.step import random_batch, spread
 from jaxvl.losses.classes import PER_DEVICE
 from jaxvl.losses.proxy import proxy_anchor
@@ -29,7 +30,6 @@ from jaxvl.mesh import BATCH, MeshOptions, make_mesh, place, shardings
 from jaxvl.methods.method import Run
 from jaxvl.optim import OptimOptions, make_optimizer
 from jaxvl.state import STATE_RULES
-from jaxvl.train import assemble, program
 
 DEVICES, WIDTH, BATCH_SIZE, KEEP = 8, 128, 64, 0.05
 CLASSES, ONLY_COMPILED = (10_000, 100_000, 1_000_000), 10_000_000

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxvl import config as configs
+from jaxvl.assembly import assemble
 from jaxvl.bench.sizes import tokenizer
 from jaxvl.evals.rerank import RerankOptions, pair_costs
-from jaxvl.train import assemble
 
 PAIRS = 4  # in the programs that XLA counts
 TEXTS = 5  # captions of an image in COCO and Flickr30K, each of which asks for k_test images

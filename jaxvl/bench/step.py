@@ -19,12 +19,12 @@ import numpy as np
 from jax.stages import Compiled
 
 from jaxvl import config as configs
+from jaxvl.assembly import Parts, assemble, program
 from jaxvl.bench import terms
 from jaxvl.bench.sizes import SMALL, tokenizer
 from jaxvl.config import Recipe
 from jaxvl.mesh import make_mesh, place
 from jaxvl.report.clock import peak_flops
-from jaxvl.train import Parts, assemble, program
 
 
 class Timing(NamedTuple):

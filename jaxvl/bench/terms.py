@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxvl import config as configs
+from jaxvl.assembly import assemble
 from jaxvl.bench.sizes import SMALL, tokenizer
 from jaxvl.mesh import BATCH, make_mesh
 from jaxvl.methods.method import Term, unit
-from jaxvl.train import assemble
 
 
 def main(config: str | None, overrides: Sequence[str], *, rounds: int) -> int:

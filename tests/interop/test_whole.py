@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxvl import config as configs, train
+from jaxvl import assembly, config as configs
 from jaxvl.data.text import TokenizerOptions, train_tokenizer
 from jaxvl.interop import importing, initial
 from jaxvl.interop.positions import resize_table
@@ -39,7 +39,7 @@ def planned(folder, tokenizer, **sections):
         tokenizer=dict(context_length=8, vocab_size=512), data=dict(source="x", image_size=48, id="sample"), train=dict(batch_size=8, steps=2),
     )  # fmt: skip
     recipe = configs.read(configs.complete(ConfigDict({**base, **{k: {**base.get(k, {}), **v} for k, v in sections.items()}})))
-    parts = train.assemble(recipe, tokenizer)
+    parts = assembly.assemble(recipe, tokenizer)
     params, memory = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
     return (params, memory), initial.plan(parts.recipe, params, tokenizer.offset, memory)
 
@@ -107,7 +107,7 @@ def test_a_bert_is_parted_between_text_and_fusion_layers(tokenizer, tmp_path):
         data=dict(source="x", image_size=16), train=dict(batch_size=8, steps=2),
     )  # fmt: skip
     recipe = configs.read(configs.complete(ConfigDict({**recipe, **{k: {**recipe.get(k, {}), **v} for k, v in sections.items()}})))
-    parts = train.assemble(recipe, tokenizer)
+    parts = assembly.assemble(recipe, tokenizer)
     shapes = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
     after = filled(shapes, initial.plan(parts.recipe, shapes[0], tokenizer.offset, shapes[1]))
     from jaxvl.interop import load
@@ -120,6 +120,6 @@ def test_a_bert_is_parted_between_text_and_fusion_layers(tokenizer, tmp_path):
     if bert.head == "mlm_tied":
         np.testing.assert_array_equal(after.params["mlm"]["transform"]["bias"], load.load(HF / "bert" / "model.safetensors").params["mlm"]["transform"]["bias"])
     with pytest.raises(ValueError, match=r"config\.text\.depth is 2; .* was trained with 3"):
-        parts = train.assemble(recipe._replace(text=recipe.text._replace(depth=2)), tokenizer)
+        parts = assembly.assemble(recipe._replace(text=recipe.text._replace(depth=2)), tokenizer)
         shapes = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
         initial.plan(parts.recipe, shapes[0], tokenizer.offset, shapes[1])
