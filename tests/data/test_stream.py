@@ -356,7 +356,7 @@ def test_samples_and_captions_as_they_are(shards: str, tmp_path: Path) -> None:
         ({"source": ("a", "")}, r"data.source is"),
         ({"source": "nowhere/*.tar"}, r"'nowhere/\*.tar' matches no file"),
         ({"weights": (1.0, 2.0)}, r"data.weights has 2 entries for 1"),
-        ({"captions": "best"}, r"data.captions is 'best'; it must be first, random, longest or none"),
+        ({"captions": "best"}, r"data.captions is 'best'; it must be first, random, longest, optional or none"),
         ({"chunk": 0}, r"data.chunk is 0"),
         ({"workers": -2}, r"data.workers is -2"),
         ({"max_bad_rate": 1.5}, r"data.max_bad_rate is 1.5; it must be from 0.0 to 1.0"),

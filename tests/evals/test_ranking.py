@@ -93,7 +93,7 @@ def test_one_program_of_one_block_serves_all_blocks_and_both_passes() -> None:
     shape = lambda *s, t=np.int32: jax.ShapeDtypeStruct(s, t)
     floats = shape(block, d, t=np.float32)
     counts = streamed.Counts(shape(block, t=np.float32), *(shape(block) for _ in range(4)))
-    args = counts, floats, shape(block), shape(block), floats, shape(block), shape(), shape(t=np.bool_)
+    args = counts, floats, shape(block), shape(block), None, floats, shape(block), shape(), shape(t=np.bool_)
     assert programs[0].lower(*args).compile().memory_analysis().temp_size_in_bytes < 40 * block * block / 8
 
 

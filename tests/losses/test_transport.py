@@ -86,7 +86,7 @@ def test_ipot_reaches_the_linear_program():
     plan = np.asarray(far(cost, u, v))
     close((plan * cost).sum(), exact.fun, atol=1e-5)
     assert (plan > 1e-5).sum() <= 5 + 8 - 1, "an extreme point: a plan of no more entries than constraints"
-    gaps = [float((jitted(ipot, iterations=n)(cost, u, v) * cost).sum() - exact.fun) for n in (5, 50, 500)]
+    gaps = [float((jitted(ipot, iterations=n)(cost, u, v) * cost).sum() - exact.fun) for n in (5, 50, 500, 2000)]
     assert gaps[0] > 2 * gaps[1] > 4 * gaps[2], "no entropy blurs the limit: the gap goes on closing"
 
 
@@ -114,10 +114,10 @@ def test_permuted_costs_give_permuted_plans(samples, codes, seed):
 
 def test_rows_of_ipot_approach_their_sums():
     cost, u, v = problem(12, 30, uniform=False)
-    errors = [np.abs(np.asarray(jitted(ipot, iterations=n)(cost, u, v)).sum(1) - u).max() for n in (5, 50, 500)]
-    assert errors[0] > errors[1] > errors[2]
+    errors = [np.abs(np.asarray(jitted(ipot, iterations=n)(cost, u, v)).sum(1) - u).max() for n in (5, 50, 500, 2000)]
+    assert errors == sorted(errors, reverse=True)
     assert errors[1] < 1e-3
-    assert errors[2] < 1e-5
+    assert errors[3] < 1e-4
 
 
 @SOLVERS
