@@ -1,0 +1,23 @@
+"""Proxy losses with and without a hierarchy on classes that training has not seen, three seeds each.
+
+    jaxvl sweep --config=configs/sweeps/proxies.py --workdir=runs/proxies                 the embedded glyphs, unseen letters
+    jaxvl sweep --config=configs/sweeps/proxies.py:emoji --workdir=runs/proxies_emoji     reads emoji/train-*.tar, emoji/val-*.tar
+"""
+
+
+def sweep(data: str = "glyphs") -> dict:
+    none, nca = {"method.hierarchy": "none"}, {"method.base_loss": "proxy_nca_pp"}
+    learned = lambda mode: {"method.hierarchy": "learned", "method.coarse_mode": mode}
+    rows = {
+        "Proxy-Anchor": none,
+        "HPL, given hierarchy": {"method.hierarchy": "given"},
+        "HPL, learned, frozen": learned("frozen"),
+        "HPL, learned, free": learned("free"),
+        "HPL, learned, tied": learned("tied"),
+        "Proxy-NCA++": {**none, **nca},
+        "Proxy-NCA++ with HPL": {**learned("free"), **nca},
+    }
+    base = {"config": f"../hpl_small.py:{data}"}
+    if data == "emoji":
+        base |= {"data.source": "emoji/train-*.tar", "evals.val.source": "emoji/val-*.tar"}
+    return dict(metric="val/r@1", also=("val/map@r",), rows={name: {**base, **row} for name, row in rows.items()}, seeds=(0, 1, 2))
