@@ -14,7 +14,8 @@ from jaxvl.methods.method import Run
 from jaxvl.tiny import shrink
 
 # Recipes that differ from another one in data, numbers and terms left out alone, so that shrunk they run the code of that one.
-ALIKE = ("albef_4m", "codis_cc12m", "hpl_cars196", "hpl_inshop", "hpl_sop", "retrieval_flickr30k_ft", "tcl_cc12m")
+ALIKE = ("albef_4m", "clip_vitl14_cc12m", "codis_4m", "codis_cc12m", "hpl_cars196", "hpl_inshop", "hpl_small", "hpl_sop", "jvsm_fashioniq", "jvsm_utzap50k",
+         "retrieval_flickr30k_ft", "tcl_4m", "tcl_cc12m")  # fmt: skip
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
 
