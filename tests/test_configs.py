@@ -16,6 +16,8 @@ from jaxvl.tiny import shrink
 # Recipes that differ from another one in data, numbers and terms left out alone, so that shrunk they run the code of that one.
 ALIKE = ("albef_4m", "clip_vitl14_cc12m", "codis_4m", "codis_cc12m", "hpl_cars196", "hpl_inshop", "hpl_small", "hpl_sop", "jvsm_fashioniq", "jvsm_utzap50k",
          "retrieval_flickr30k_ft", "tcl_4m", "tcl_cc12m")  # fmt: skip
+# One of each method, in which the state of the run is of all shapes that it has there.
+RESUMED = ("clip_vitb16_cc12m", "codis_small", "hpl_cub200", "jvsm_fashion200k", "lexvla_mini", "siglip_vitb16_cc12m", "tcl_small")
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
 
@@ -39,12 +41,14 @@ def test_full_size_in_shapes(file):
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.stem not in ALIKE], ids=lambda f: f.stem)
 def test_two_steps_resumed_bit_for_bit(file, tmp_path):
-    """The run of two steps, and the same run that lost its last checkpoint and went on from the one before."""
+    """The run of two steps, and for RESUMED the same run that lost its last checkpoint and went on from the one before."""
     config = shrink(configs.load(str(file)))
     run = tmp_path / "run"
     assert train.train(config, run) == 0
     logged, final = metrics(run), leaves(run, step=2)
     assert [row["step"] for row in logged if "loss" in row] == [1, 2]
+    if file.stem not in RESUMED:
+        return
     manifest.delete(run / "checkpoints", 2)
     assert train.train(config, run) == 0
     assert metrics(run) == logged
