@@ -1,6 +1,7 @@
 """Each operation against a slow reference on single images, and what a batch must not depend on."""
 
 import colorsys
+import os
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,9 @@ from jaxvl.data.randaugment import OPERATIONS
 ALL = AugmentOptions(jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2, blur=0.5, blur_sigma=(0.1, 1.0), flip=0.5, randaugment=1)
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (16, 12, 10, 3), dtype=np.uint8)
-run = jax.jit(preprocess, static_argnums=2)
+# With the emitters that conftest.py turns off for quick compiles, hues would depend on the sharding; users have them on.
+EMITTERS = {"xla_cpu_use_fusion_emitters": True} if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"] else {}
+run = jax.jit(preprocess, static_argnums=2, compiler_options=EMITTERS)
 
 
 def test_evaluation_only_normalises():
@@ -81,7 +84,7 @@ def test_a_row_depends_on_its_place_alone_and_not_on_the_sharding():
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = NamedSharding(mesh, P("data"))
-    program = jax.jit(lambda x, k: preprocess(x, k, ALL), in_shardings=(rows, None), out_shardings=rows)
+    program = jax.jit(lambda x, k: preprocess(x, k, ALL), in_shardings=(rows, None), out_shardings=rows, compiler_options=EMITTERS)
     compiled = program.lower(jax.ShapeDtypeStruct(IMAGES.shape, jnp.uint8), key).compile()
     np.testing.assert_allclose(compiled(jax.device_put(IMAGES, rows), key), alone, atol=1e-5)
     text = compiled.as_text()
