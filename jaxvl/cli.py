@@ -1,11 +1,14 @@
 """The `jaxvl` command. Heavy imports wait for the subcommand that needs them, so that --help answers at once."""
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+# What XLA says of a lost peer or device, at times in a ValueError: nothing that a person can mend in a config, and a restart may.
+RUNTIME = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|DATA_LOSS): ")
 DESCRIPTION = "Vision-language pre-training in JAX: train, evaluate, prepare data, measure."
 
 
@@ -18,6 +21,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, help="configs/x.py, or configs/x.py:argument")
     train.add_argument("--workdir", required=True, type=Path, help="where the run lives; an existing run continues")
     train.add_argument("--tiny", action="store_true", help="the same recipe shrunk to two steps of a small model on the embedded set")
+    train.add_argument("--coordinator", default="", metavar="HOST:PORT", help="process 0 of a run of many, where the environment does not say (launch/README.md)")
+    train.add_argument("--process", default="", metavar="I/N", help="which process of such a run this is, and of how many")
 
     evaluate = verbs.add_parser("eval", help="evaluate a run's checkpoint", description="Any --config.evals.KEY=VALUE overrides the run's config.")
     evaluate.add_argument("--workdir", required=True, type=Path, help="of the run")
@@ -93,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, (ValueError, OSError)) or os.environ.get("JAXVL_TRACEBACK"):
             traceback.print_exc()
             return _leave(1)
+        if RUNTIME.match(str(error)):
+            print(f"jaxvl {known.verb}: the connection to another process of this run broke, or a device failed: {error}", file=sys.stderr)
+            return _leave(1)
         print(f"jaxvl {known.verb}: {error}\n(JAXVL_TRACEBACK=1 shows where)", file=sys.stderr)
         return _leave(2)
 
@@ -107,8 +115,9 @@ def _leave(status: int) -> int:
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:
-    from jaxvl import config, report, train
+    from jaxvl import config, hosts, report, train
 
+    hosts.name_by_flags(args.coordinator, args.process, os.environ)
     recipe = config.load(args.config, overrides)
     if args.tiny:
         from jaxvl.tiny import shrink

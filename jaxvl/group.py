@@ -26,41 +26,66 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 0, 143 where SIGTERM stopped the run, or the exit status of the member that failed last."""
     parser = argparse.ArgumentParser(prog="launch/local", description=__doc__)
     parser.add_argument("--processes", type=int, required=True, help="members of the run; GPUs are divided among them")
-    parser.add_argument("--restarts", type=int, default=3, help="how often a failed run is started again")
+    parser.add_argument("--restarts", type=int, default=3, help="how often in a row a failed run is started again without having saved a newer checkpoint in between")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds between SIGTERM and SIGKILL for the members left by one that failed")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds before a restart; where other machines have members of the run, at least 20: theirs must have ended too")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="jaxvl train --config=... --workdir=...")
     args = parser.parse_args(argv)
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    if args.processes < 1 or args.restarts < 0 or args.grace < 0 or not command:
-        parser.error("--processes must be at least 1, --restarts and --grace at least 0, and a command must follow")
+    if args.processes < 1 or min(args.restarts, args.grace, args.pause) < 0 or not command:
+        parser.error("--processes must be at least 1, --restarts, --grace and --pause at least 0, and a command must follow")
     try:
-        return run(command, processes=args.processes, restarts=args.restarts, grace=args.grace)
+        return run(command, processes=args.processes, restarts=args.restarts, grace=args.grace, pause=args.pause)
     except ValueError as error:
         parser.error(str(error))
 
 
-def run(command: list[str], *, processes: int, restarts: int, grace: float) -> int:
-    """Run the group until it ends well, is told to stop, or has failed more than `restarts` times. Returns as `main`."""
+def run(command: list[str], *, processes: int, restarts: int, grace: float, pause: float = 0.0) -> int:
+    """Run the group until it ends well, is told to stop, or has failed `restarts` times and once more without a newer checkpoint. Returns as `main`."""
     shares = gpu_shares(processes, os.environ)
-    workdir = next((Path(word.partition("=")[2]) for word in command if word.startswith("--workdir=")), None)
+    workdir = _workdir(command)
     signals: list[int] = []
     before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    attempt, reached = 0, _newest(workdir)
     try:
-        for attempt in range(restarts + 1):
+        while True:
             members = _start(command, shares, workdir)
             status, words = _watch(members, signals, grace)
             status = 128 - status if status < 0 else status
             if signals or status in (0, TERMINATED):
                 return status
             say(words)
-            if status == FOR_A_PERSON or attempt == restarts:
-                break
-            steps = manifest.whole_steps(workdir / "checkpoints") if workdir else []
-            say(f"restart {attempt + 1} of {restarts}" + (f", from step {steps[0]:,}" if steps else ""))
-        return status
+            newest = _newest(workdir)
+            # A run that gets on may be restarted for months; one that fails before it has saved anything new is broken.
+            attempt, reached = (1, newest) if newest > reached else (attempt + 1, reached)
+            if status == FOR_A_PERSON or attempt > restarts:
+                return status
+            say(f"restart {attempt} of {restarts}" + (f", from step {newest:,}" if newest >= 0 else ""))
+            until = time.monotonic() + pause
+            while not signals and time.monotonic() < until:
+                time.sleep(POLL)
+            if signals:
+                return TERMINATED
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _workdir(command: list[str]) -> Path | None:
+    """Of --workdir=DIR or --workdir DIR."""
+    for i, word in enumerate(command):
+        name, equals, value = word.partition("=")
+        if name == "--workdir" and (equals or i + 1 < len(command)):
+            return Path(value if equals else command[i + 1])
+    return None
+
+
+def _newest(workdir: Path | None) -> int:
+    """The newest whole checkpoint, -1 where there is none."""
+    try:
+        return max(manifest.whole_steps(workdir / "checkpoints"), default=-1) if workdir else -1
+    except OSError:  # the run itself says what is wrong with the folder
+        return -1
 
 
 def _start(command: list[str], shares: list[dict[str, str]], workdir: Path | None) -> list[subprocess.Popen]:

@@ -1,8 +1,7 @@
-"""Three mesh axes, path rules to shardings, process start-up, and placing host batches on devices.
+"""Three mesh axes, path rules to shardings, and placing host batches on devices.
 
 `data` splits the batch, `fsdp` splits the batch and the parameters, `tensor` splits parameters inside a layer.
 """
-import os
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,26 +25,6 @@ class MeshOptions(NamedTuple):
 
 class ShardingError(ValueError):
     """A leaf that no rule matches or that does not divide; names leaf, dimension and axis."""
-
-
-def start_processes() -> None:
-    """Join the other processes of this run, where the environment says there are any; must precede any use of a device.
-
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them outright; under Slurm with several tasks and on
-    TPU pods with several workers JAX finds them itself. One process alone needs none of it.
-    """
-    env = os.environ
-    if "host_platform_device_count" in env.get("XLA_FLAGS", ""):
-        # Imitated CPU devices wait for each other in the threads of one pool, which XLA sizes by NPROC; with too few of them
-        # two independent collectives of a step can each hold threads that the other needs, for ever.
-        env.setdefault("NPROC", "64")
-    if "JAX_COORDINATOR_ADDRESS" in env:
-        missing = [k for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if k not in env]
-        if missing:
-            raise ValueError(f"JAX_COORDINATOR_ADDRESS is set but {' and '.join(missing)} is not; set all three or none")
-        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"]))
-    elif int(env.get("SLURM_NTASKS", "1")) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
 
 
 def make_mesh(options: MeshOptions, devices: Sequence[Any] | None = None) -> Mesh:

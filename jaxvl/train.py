@@ -16,12 +16,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxvl import assembly, checkpoint, config as configs, evals, report
+from jaxvl import assembly, checkpoint, config as configs, evals, hosts, report
 from jaxvl.data import lexicon
 from jaxvl.data.dataset import Dataset, open_data
 from jaxvl.data.stream import train_batches
 from jaxvl.interop import initial
-from jaxvl.mesh import make_mesh, place, process_rows, start_processes
+from jaxvl.mesh import make_mesh, place, process_rows
 from jaxvl.methods.method import for_faces
 from jaxvl.progress import say
 from jaxvl.state import samples_seen
@@ -38,7 +38,7 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
     Returns 0, or TERMINATED where SIGTERM stopped it. Raises ValueError for what is wrong in the config, before any compile.
     """
     recipe = configs.read(config)
-    start_processes()
+    hosts.join()
     mesh = make_mesh(recipe.mesh)
     # The saver locks the workdir, so it comes before anything is written there.
     with (
@@ -111,7 +111,7 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
 def evaluate(workdir: Path, overrides: list[str], *, step: int | None = None, ema: bool = False) -> int:
     """Evaluate a checkpoint of the run in `workdir` with the code the run itself uses; prints the table and writes eval.json."""
     recipe = assembly.read_recipe(workdir, overrides)
-    start_processes()
+    hosts.join()
     mesh = make_mesh(recipe.mesh)
     with jax.set_mesh(mesh):
         parts = assembly.build(recipe, workdir, None)

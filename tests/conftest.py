@@ -11,7 +11,7 @@ if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
     if importlib.metadata.version("jax").startswith("0.10."):  # later ones end the process at a flag they do not know
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("NPROC", "64")  # see mesh.start_processes
+os.environ.setdefault("NPROC", "64")  # see hosts.join
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAXVL_CACHE", str(ROOT / ".cache" / "jaxvl"))

@@ -17,9 +17,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxvl.checkpoint import CheckpointOptions, open_saver
 from jaxvl.manifest import whole_steps
-from jaxvl.mesh import MeshOptions, make_mesh, start_processes
+from jaxvl import hosts
+from jaxvl.mesh import MeshOptions, make_mesh
 
-start_processes()
+hosts.join()
 folder, said = pathlib.Path(sys.argv[1]), {}
 lines = []
 logging.getLogger("jaxvl").addHandler(type("Keep", (logging.Handler,), {"emit": lambda self, record: lines.append(record.getMessage())})())

@@ -60,6 +60,13 @@ def test_restarts_are_bounded(tmp_path, capsys):
     assert capsys.readouterr().err.count("process 1 of 2 ended with exit status 7") == 3
 
 
+def test_a_run_that_saves_may_fail_for_ever(tmp_path, capsys):
+    """Each member makes a newer checkpoint before it fails; the fourth and fifth do not."""
+    saves = "import os, sys; f = os.path.join(sys.argv[2], 'checkpoints'); n = len(os.listdir(f)) if os.path.isdir(f) else 0; n < 3 and os.makedirs(os.path.join(f, f'{n:08}')); sys.exit(7)"
+    assert run([sys.executable, "-c", saves, "--workdir", str(tmp_path)], processes=1, restarts=1, grace=0.3, pause=0.2) == 7
+    assert capsys.readouterr().err.count("process 0 of 1 ended with exit status 7") == 4 and len(list((tmp_path / "checkpoints").iterdir())) == 3
+
+
 @pytest.mark.parametrize("last, status", [(2, 2), (143, 143)], ids=["for a person", "terminated"])
 def test_what_a_restart_cannot_mend_is_not_tried_again(tmp_path, last, status):
     assert group(tmp_path, [["polite"], [last]])[:2] == (status, [1, 1])
