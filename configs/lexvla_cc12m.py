@@ -32,5 +32,5 @@ def get_config() -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=8, tensor=1)
     config.checkpoint = dict(every=500, keep=3, best="val/i2t/r@1")
     config.log = dict(every=20)
-    config.evals = dict(val=dict(kind="retrieval", source="/data/cc12m-val/{00000..00001}.tar", every=1_000))
+    config.evals = dict(val=dict(kind="lexical", source="/data/cc12m-val/{00000..00001}.tar", every=1_000, top=(28, 64, 296, 512, 1_081, 3_290, 6_070)))
     return config

@@ -5,15 +5,15 @@
     jaxvl train --config=configs/lexvla_mini.py:glyphs --workdir=runs/glyphs
 
 With ":textbook" the settings are those for its longer captions; ":glyphs" needs no files. --config.method.penalty=flops | none are the
-ablations. A decoder that has read nothing knows no words, so it is taught those of its captions (method.word_weight), and all of it trains
+ablations, and configs/sweeps/lexical.py compares them. A decoder that has read nothing knows no words, so it is taught those of its captions (method.word_weight), and all of it trains
 besides its adapters.
 """
 from ml_collections import ConfigDict
 
 SETS = {
-    "emoji": dict(source="train-*.tar", val="val-*.tar", image_size=64, patch=8, captions="random", steps=500),
-    "textbook": dict(source="train-*.tar", val="val-*.tar", image_size=64, patch=8, captions="random", steps=500, caption_length=24),
-    "glyphs": dict(source="glyphs://train?size=6000", val="glyphs://val-seen", image_size=40, patch=10, captions="first", steps=600),
+    "emoji": dict(source="train-*.tar", val="val-*.tar", patch=8, captions="random", steps=600),
+    "textbook": dict(source="train-*.tar", val="val-*.tar", patch=8, captions="random", steps=600, caption_length=24),
+    "glyphs": dict(source="glyphs://train?size=6000", val="glyphs://val-seen", patch=10, captions="first", steps=600),
 }
 
 
@@ -30,13 +30,13 @@ def get_config(name: str = "emoji") -> ConfigDict:
                        qkv_bias=False, out_bias=False, mlp_bias=False, dtype="float32")  # fmt: skip
     config.lora = dict(rank=4, alpha=8.0, targets=r"^text/blocks/(attn/(q|k|v|out)|mlp/(up|gate|down))/kernel$", base_dtype="float32")
     config.tokenizer = dict(name="words", vocab_size=8_192, context_length=8 + longest, end=False, prompt='the focus of "{}" lies on important words', caption_length=longest,
-                            lexicon="ascii_lower_len2", lexicon_min_count=2)  # fmt: skip
-    config.data = dict(source=chosen["source"], image_size=chosen["image_size"], crop_scale=(0.7, 1.0), captions=chosen["captions"])
+                            lexicon="ascii_lower_len2", lexicon_min_count=4)  # fmt: skip
+    config.data = dict(source=chosen["source"], image_size=40, crop_scale=(0.7, 1.0), captions=chosen["captions"])
     config.augment = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     config.optim = dict(learning_rate=2e-3, schedule="cosine", warmup_steps=40, b2=0.999, weight_decay=0.05,
                         groups=((r"^(image|adapter|image_codebook|text|t$)($|/)", 1.0),))  # fmt: skip
-    config.train = dict(batch_size=128, steps=chosen["steps"])
+    config.train = dict(batch_size=64, steps=chosen["steps"])
     config.checkpoint = dict(every=250, best="val/rsum")
     config.log = dict(every=10)
-    config.evals = dict(val=dict(kind="retrieval", source=chosen["val"], every=0))
+    config.evals = dict(val=dict(kind="lexical", source=chosen["val"], every=0))
     return config

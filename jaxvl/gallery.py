@@ -1,4 +1,4 @@
-"""Queries and what they retrieved: what an evaluation hands to the report to show."""
+"""Queries and what they retrieved, and tables: what an evaluation hands to the report to show."""
 
 from typing import NamedTuple
 
@@ -25,3 +25,11 @@ class Gallery(NamedTuple):
 
     title: str
     queries: tuple[Query, ...]
+
+
+class Table(NamedTuple):
+    """Rows of text under a title, e.g. "val: most used words"."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]

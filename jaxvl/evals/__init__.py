@@ -20,7 +20,7 @@ class Kind(NamedTuple):
         return importlib.import_module(self.module).open_checked(options, data)
 
     def evaluate(self, name: str, options: Any, model: Any) -> tuple[dict[str, float], list]:
-        """Numbers by name and galleries for the report. Raises ValueError for options or data that cannot be evaluated."""
+        """Numbers by name, and galleries and tables for the report. Raises ValueError for options or data that cannot be evaluated."""
         return importlib.import_module(self.module).evaluate(name, options, model)
 
 
@@ -28,6 +28,8 @@ EVALS = {
     "composed": Kind("jaxvl.evals.composed", "ComposedOptions", needs="compose"),
     "retrieval": Kind("jaxvl.evals.retrieval", "RetrievalOptions", needs="embed_text"),
     "rerank": Kind("jaxvl.evals.rerank", "RerankOptions", needs="score_pair"),
+    "lexical": Kind("jaxvl.evals.lexical", "LexicalOptions", needs="embed_words"),
+    "patchdis": Kind("jaxvl.evals.patches", "PatchdisOptions", needs="embed_patches"),
     "zeroshot": Kind("jaxvl.evals.zeroshot", "ZeroshotOptions", needs="embed_text"),
     "metric_learning": Kind("jaxvl.evals.class_retrieval", "MetricLearningOptions"),
 }
@@ -53,7 +55,7 @@ def run(evals: Mapping[str, Any], method: Any, params: Any, tokenizer: Any, data
     """Runs evaluations, given as {name: options}, on `params` over the mesh of the context (`jax.set_mesh`).
 
     data: DataOptions of the training, from which image size and the like are taken; augment: AugmentOptions, for the pixels' mean and
-    spread. Returns the numbers as {"name/i2t/r@1": ...} and galleries (gallery.py) for the report; every process gets the same.
+    spread. Returns the numbers as {"name/i2t/r@1": ...} and galleries and tables (gallery.py) for the report; every process gets the same.
     """
     import jax
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-VOID = -1
+from jaxvl.data.instances import VOID
 
 
 class Overlap(NamedTuple):
@@ -23,7 +23,11 @@ def classify(patches: np.ndarray, classes: np.ndarray, present: np.ndarray | Non
     patches: [..., V]; classes: [class, V]; present: bool, broadcast to [..., class], the classes that may be chosen (by default all).
     Raises ValueError where a patch has no class to choose.
     """
-    scores = patches.astype(np.float64) @ classes.astype(np.float64).T
+    return choose(patches.astype(np.float64) @ classes.astype(np.float64).T, present)
+
+
+def choose(scores: np.ndarray, present: np.ndarray | None = None) -> np.ndarray:
+    """The class of the greatest of scores [..., class], int64 [...]; `present` and errors as for `classify`."""
     if present is not None:
         present = np.broadcast_to(present, scores.shape)
         if not present.any(-1).all():

@@ -46,9 +46,7 @@ def evaluate(name: str, options: RetrievalOptions, model: Model) -> tuple[dict[s
     """R@K, median rank (1-based) and rsum under the stable rule; see ranking.py. Raises ValueError for options that cannot be."""
     dataset = open_checked(options, model.data)
     embedded = embed_samples(model, dataset, options.batch_size, options.captions)
-    folds = list(ranking.folds(embedded.owner, len(embedded.images), options.folds))
-    ranks = [rank(model, embedded.images[rows], embedded.texts[texts], owner) for rows, texts, owner in folds]
-    numbers = ranking.mean([ranking.both_ways(*both, options.ks) for both in ranks])
+    numbers = recalls(model, embedded, options.ks, options.folds)
     shown = galleries(name, options, dataset, embedded, partial(by_cosine, model, embedded)) if options.show else []
     return numbers, shown
 
@@ -61,6 +59,13 @@ def open_checked(options: RetrievalOptions, data: DataOptions) -> Dataset:
         low = {"captions": 1, "show": 0, "folds": 1, "batch_size": 1}
         raise ValueError("; ".join(f"{k} is {getattr(options, k)}, it must be at least {n}" for k, n in low.items() if getattr(options, k) < n))
     return open_for(data, options.source, captions="random" if options.captions > 1 else "first", cleaning=options.cleaning)
+
+
+def recalls(model: Model, embedded: Embedded, ks: tuple[int, ...], folds: int) -> dict[str, float]:
+    """The numbers of both ways, averaged over folds. Raises ValueError for folds that do not divide the images."""
+    blocks = list(ranking.folds(embedded.owner, len(embedded.images), folds))
+    ranks = [rank(model, embedded.images[rows], embedded.texts[texts], owner) for rows, texts, owner in blocks]
+    return ranking.mean([ranking.both_ways(*both, ks) for both in ranks])
 
 
 def rank(model: Model, images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> tuple[Ranks, Ranks]:

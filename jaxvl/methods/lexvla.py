@@ -155,6 +155,17 @@ def build(image: VitOptions, text: TextOptions, options: LexvlaOptions = LexvlaO
         taught = {"words": words_loss(logits, batch["tokens"])} if o.word_weight else {}
         return {"image": s(image_logits(params, x)), "text": s(logits), **taught}
 
+    def embed_patches(params: dict, images: jax.Array) -> jax.Array:
+        """The mapper without the maximum: s of each patch (section 3.1), with what attention in the adapter tells it of the others."""
+        z = g_img.apply({"params": params["adapter"]}, tokens_of(params, images, None))
+        z = z[:, image.class_tokens :] if o.pool == "all" else z
+        return s(lexical.logits(z, params["image_codebook"]))[..., :V].reshape(len(z), *vits.grid(image, *images.shape[1:3]), V)
+
+    def embed_words(params: dict, columns: jax.Array) -> jax.Array:
+        """s of words alone: the row of a word takes the place of z_txt."""
+        Z_txt = params["text_codebook"]
+        return s(lexical.logits(Z_txt[columns], Z_txt))[:, :V]
+
     def words_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
         """Cross entropy of the words that the decoder would say next and those of each caption; float32 [B], 0 for a caption of no words."""
         place, end = jnp.arange(tokens.shape[1]), jnp.sum(tokens != text.pad_id, 1, keepdims=True) - o.tail
@@ -203,6 +214,8 @@ def build(image: VitOptions, text: TextOptions, options: LexvlaOptions = LexvlaO
         update=lambda memory, params, aux: {"step": memory["step"] + 1},
         embed_image=lambda params, images: s(image_logits(params, tokens_of(params, images, None)))[:, :V],
         embed_text=lambda params, tokens: s(text_logits(params, tokens, None))[:, :V],
+        embed_patches=embed_patches,
+        embed_words=embed_words,
         flops=flops,
         rules=((r"(^|/)(t|step)$", P()), *lexical.RULES, *RULES),
         constrain=(lambda params: {**params, "t": jnp.minimum(params["t"], math.log(o.max_scale))}) if o.clip == "param" else None,

@@ -99,6 +99,9 @@ class Method(NamedTuple):
     terms: (batch_spec) -> {name: Term}, whose FLOPs add up to `flops`; None where nobody has taken the loss apart.
     features: (params, batch) -> arrays [B, ...] that frozen towers make of a batch and `encode` reads in it where they are there, so that they
       are computed once however often rows are encoded; None for a method without.
+    embed_patches: (params, images) -> float32 [b, row, column, d]: patches in the space of the embeddings, of unit norm; None without.
+    embed_words: (params, columns int32 [b]) -> float32 [b, d]: what the text tower makes of a word alone, for a method whose embeddings have a
+      coordinate for each word; None for others.
     constant: pattern of parameters that the method takes as constants; an optimiser that would move them is refused. "" for none.
     """
 
@@ -119,6 +122,8 @@ class Method(NamedTuple):
     refresh: Callable[[Any, Any, jax.Array], Renewed] | None = None
     reads: tuple[str, ...] = ("image", "tokens")
     features: Callable[[Any, Batch], Batch] | None = None
+    embed_patches: Callable[[Any, jax.Array], jax.Array] | None = None
+    embed_words: Callable[[Any, jax.Array], jax.Array] | None = None
     constant: str = ""
 
 

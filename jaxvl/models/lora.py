@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 Rules = tuple[tuple[str, P], ...]
-FACES = ("encode", "objective", "loss", "embed_image", "embed_text", "compose", "features")
+FACES = ("encode", "objective", "loss", "embed_image", "embed_text", "embed_patches", "embed_words", "compose", "features")
 PAIR_FACES = ("image_side", "text_side", "score")  # of `score_pair`
 A, B = "lora_a", "lora_b"  # the adapters' names beside the kernel, where a module looks for them
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxvl.gallery import Gallery, Hit, Query
+from jaxvl.gallery import Gallery, Hit, Query, Table
 from jaxvl.progress import duration
-from jaxvl.report import plots
+from jaxvl.report import plots, sparsity
 from jaxvl.report.clock import STEP
 from jaxvl.report.goodput import KINDS, Session, account, between, read_sessions
 from jaxvl.report.metrics import read_lines, read_metrics, write_atomic
@@ -31,12 +31,14 @@ CODES = {  # what the metrics "codes/..." tell, by the name before _image and _t
 }
 
 
-def save_galleries(folder: Path, step: int, galleries: Sequence[Gallery]) -> None:
-    """Keep galleries in `folder` for the page; each replaces the one of its title."""
+def save_galleries(folder: Path, step: int, galleries: Sequence[Gallery | Table]) -> None:
+    """Keep galleries and tables in `folder` for the page; each replaces the one of its title."""
     if galleries:
         path = folder / "galleries.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
-        kept |= {g.title: {"step": step, "queries": [_plain(q) for q in g.queries]} for g in galleries}
+        for g in galleries:
+            body = {"head": g.head, "rows": g.rows} if isinstance(g, Table) else {"queries": [_plain(q) for q in g.queries]}
+            kept[g.title] = {"step": step, **body}
         write_atomic(path, json.dumps(kept))
 
 
@@ -52,15 +54,16 @@ def write_report(workdir: str | Path) -> Path:
     rows = read_metrics(workdir)
     facts = _load(folder / "facts.json")
     sessions = read_sessions(folder)
-    galleries = {
-        title: (g["step"], [_query(q) for q in g["queries"]]) for title, g in _load(folder / "galleries.json").items()
-    }
+    shown = _load(folder / "galleries.json")
+    galleries = {t: (g["step"], [_query(q) for q in g["queries"]]) for t, g in shown.items() if "queries" in g}
+    tables = [(t, table(g["head"], g["rows"])) for t, g in shown.items() if "rows" in g]
     bad = [(r["shard"], r["reason"]) for path in sorted(folder.glob("bad-*.jsonl")) for _, r in read_lines(path)]
     name = workdir.resolve().name
     sections = (
         _head(name, facts, rows, sessions),
         _curves(rows),
         _codes(rows),
+        section("Words", grid(sparsity.charts(rows)) + (f'<div class="tables">{"".join(map(_titled, tables))}</div>' if tables else "")),
         "".join(_gallery(title, step, queries) for title, (step, queries) in galleries.items()),
         _speed(rows, sessions),
         section("Final metrics", _metrics_table(rows)),
@@ -140,7 +143,7 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
                     )
                 )
         charts.append(plots.lines(f"Recall {evaluation}".strip(), series, unit="%", zero=True))
-    own = [n for n in names if not recalls({n: 0.0}) and not n.startswith(("time/", "samples_per_s", "codes/"))]
+    own = [n for n in names if not recalls({n: 0.0}) and not sparsity.POINT.fullmatch(n) and not n.startswith(("time/", "samples_per_s", "codes/"))]
     small = []
     for i, name in enumerate(n for n in own if n not in (*KEPT_OUT, "loss", "mfu")):
         at_x, y = _column(rows, name)
@@ -214,6 +217,12 @@ def _bad_table(bad: Iterable[tuple[str, str]]) -> str:
     if rest:
         lines.append(row(f"{len(rest):,} more shards", rest))
     return table(("shard", *reasons, "all"), [*lines, row("all", shards)])
+
+
+def _titled(named: tuple[str, str]) -> str:
+    """A table below its title, to stand beside others."""
+    title, body = named
+    return f"<div><h3>{html.escape(title)}</h3>{body}</div>"
 
 
 def _gallery(title: str, step: int, queries: Sequence[Query]) -> str:

@@ -44,6 +44,16 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
         step *= 10
 
 
+def powers(low: float, high: float, most: int = 8) -> list[float]:
+    """At most `most` powers of 2, 4, 16, ... within [low, high], low above 0."""
+    step = 1
+    while True:
+        first, last = math.ceil(math.log2(low) / step - 1e-9), math.floor(math.log2(high) / step + 1e-9)
+        if last - first < most:
+            return [2.0 ** (i * step) for i in range(first, last + 1)]
+        step *= 2
+
+
 def smooth(y: Sequence[float], span: float) -> list[float]:
     """Exponential mean over about `span` points each way, so that it does not lag; not-finite points are passed over."""
     keep = 1 - 1 / span
@@ -78,11 +88,19 @@ def thin(x: Sequence[float], y: Sequence[float], most: int = MOST) -> tuple[list
 
 
 def lines(
-    title: str, series: Sequence[Series], *, unit: str = "", zero: bool = False, width: int = 560, height: int = 250
+    title: str,
+    series: Sequence[Series],
+    *,
+    unit: str = "",
+    zero: bool = False,
+    width: int = 560,
+    height: int = 250,
+    across: str = "step",
+    log: bool = False,
 ) -> str:
-    """A chart of lines over steps with legend and values under the pointer; "" where nothing is finite.
+    """A chart of lines with legend and values under the pointer; "" where nothing is finite.
 
-    zero: the y axis starts at 0. width, height: in pixels at full size.
+    zero: the y axis starts at 0. width, height: in pixels at full size. across: what x is; log: on a logarithmic axis, x above 0.
     """
     series = [s._replace(x=x, y=y) for s in series for x, y in [thin(s.x, s.y)]]
     values = [v for s in series for v in s.y if math.isfinite(v)]
@@ -92,7 +110,7 @@ def lines(
     if high == low:
         low, high = (low - abs(low) * 0.05, high + abs(high) * 0.05) if low else (0.0, 1.0)
     pad = 0.04 * (high - low)
-    frame = _frame(series, low if zero and low == 0 else low - pad, high + pad, width, height)
+    frame = _frame(series, low if zero and low == 0 else low - pad, high + pad, width, height)._replace(across=across, log=log)
     body = [_path(s, frame) for s in series]
     label = f"{title}, {unit}" if unit else title
     return _figure(label, series, frame, _axes(frame) + "".join(body) + _strips(series, frame, unit))
@@ -154,10 +172,13 @@ class _Frame(NamedTuple):
     high_y: float
     width: int
     height: int
+    across: str = "step"
+    log: bool = False
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         """Where the point (x, y) lies in the picture."""
-        across = (x - self.low_x) / (self.high_x - self.low_x)
+        low, x, high = map(math.log, (self.low_x, x, self.high_x)) if self.log else (self.low_x, x, self.high_x)
+        across = (x - low) / (high - low)
         up = (y - self.low_y) / (self.high_y - self.low_y)
         return LEFT + across * (self.width - LEFT - RIGHT), self.height - BOTTOM - up * (self.height - TOP - BOTTOM)
 
@@ -202,14 +223,14 @@ def _axes(frame: _Frame) -> str:
         down = frame.place(frame.low_x, y)[1]
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{frame.width - RIGHT}" y1="{down:.1f}" y2="{down:.1f}"/>')
         parts.append(f'<text x="{LEFT - 7}" y="{down + 4:.1f}" text-anchor="end">{short(y)}</text>')
-    for x in ticks(frame.low_x, frame.high_x, 6):
+    for x in powers(frame.low_x, frame.high_x) if frame.log else ticks(frame.low_x, frame.high_x, 6):
         across = frame.place(x, frame.low_y)[0]
         parts.append(f'<text x="{across:.1f}" y="{frame.height - BOTTOM + 18}" text-anchor="middle">{short(x)}</text>')
     base = frame.height - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{frame.width - RIGHT}" y1="{base}" y2="{base}"/>')
     return (
         "".join(parts)
-        + f'<text class="unit" x="{frame.width - RIGHT}" y="{frame.height - 2}" text-anchor="end">step</text>'
+        + f'<text class="unit" x="{frame.width - RIGHT}" y="{frame.height - 2}" text-anchor="end">{html.escape(frame.across)}</text>'
     )
 
 
@@ -222,7 +243,7 @@ def _strips(series: Sequence[Series], frame: _Frame, unit: str) -> str:
     for x in at:
         words = "\n".join(f"{s.label}: {short(_nearest(s, x))} {unit}".rstrip() for s in series if s.x and s.label)
         left = frame.place(x, frame.low_y)[0] - wide / 2
-        title = html.escape(f"step {x:,.0f}\n{words}")
+        title = html.escape(f"{frame.across} {x:,.0f}\n{words}")
         place = f'x="{left:.1f}" y="{TOP}" width="{wide:.1f}" height="{frame.height - TOP - BOTTOM}"'
         parts.append(f'<rect class="strip" {place}><title>{title}</title></rect>')
     return "".join(parts)

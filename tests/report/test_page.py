@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxvl.gallery import Gallery, Hit, Query
+from jaxvl.gallery import Gallery, Hit, Query, Table
 from jaxvl.losses.codebook import usage
 from jaxvl.report import goodput, metrics, page
 from jaxvl.report.page import save_galleries, write_report
@@ -171,3 +171,16 @@ def test_a_run_that_logged_nothing(tmp_path):
         write_report(tmp_path)
     (tmp_path / "report").mkdir()
     assert tmp_path.name in write_report(tmp_path).read_text()
+
+
+def test_sparse_retrieval_is_one_chart_and_words_are_tables(workdir):
+    writer = metrics.jsonl_writer(workdir / "metrics.jsonl")
+    points = {f"lex/top{k}/{way}_r@1": k / 100 for k in (4, 16, 32) for way in ("i2t", "t2i")}
+    writer.write(9, {**points, "lex/dense/i2t_r@1": 0.5, "lex/image_active": 30.0, "lex/image_density": 0.3})
+    writer.close()
+    save_galleries(workdir / "report", 9, [Table("lex: most used words", ("word", "mean"), (("<b>", "0.1"), ("dog", "0.05")))])
+    text = write_report(workdir).read_text()
+    seen = Reader(text)
+    assert ["<b>", "0.1"] in seen.rows and "lex: most used words" in seen.words
+    assert text.count("Recall lex by entries kept") == 2  # label and caption of one chart
+    assert "entries 100" in text and "top16" not in re.sub("<table.*?</table>", "", text)

@@ -66,6 +66,21 @@ def test_lines_are_drawn_to_scale_and_broken_at_gaps():
     assert "step 4\na: 2" in svg
 
 
+def test_a_logarithmic_axis_has_equal_steps_for_equal_ratios():
+    svg = plots.lines("t", [Series("a", [4, 16, 64, 1300], [1.0, 2.0, 3.0, 4.0])], across="entries", log=True)
+    ((a, b, c, d),) = points(svg)
+    assert b[0] - a[0] == pytest.approx(c[0] - b[0], abs=0.2) and d[0] == 560 - plots.RIGHT
+    assert "entries 64\na: 3" in svg and ">entries<" in svg and "step" not in svg
+    assert [t for t in ("4", "16", "64", "256") if f'text-anchor="middle">{t}<' in svg] == ["4", "16", "64", "256"]
+
+
+@given(st.floats(1e-3, 1e6), st.floats(1.5, 1e6), st.integers(2, 9))
+def test_powers_are_few_and_inside(low, ratio, most):
+    found = plots.powers(low, low * ratio, most)
+    assert len(found) <= most and all(low * (1 - 1e-6) <= x <= low * ratio * (1 + 1e-6) for x in found)
+    assert len({round(math.log2(b / a)) for a, b in itertools.pairwise(found)}) <= 1
+
+
 @pytest.mark.parametrize("y", [[], [math.nan, math.inf]])
 def test_nothing_finite_draws_nothing(y):
     assert plots.lines("t", [Series("a", range(len(y)), y)]) == ""
