@@ -1,4 +1,4 @@
-"""TCL from scratch on a few thousand pairs: emoji, textbook figures, glyphs, or a folder of your own; four minutes on one core.
+"""TCL from scratch on a few thousand pairs: emoji, textbook figures, glyphs, or a folder of your own; about ten minutes on one core.
 
     jaxvl train --config=configs/tcl_small.py --workdir=runs/tcl                      reads emoji/train-*.tar, emoji/val-*.tar
     jaxvl train --config=configs/tcl_small.py:textbook --workdir=runs/tcl_textbook    reads textbook/...
@@ -19,9 +19,9 @@ def get_config(data: str = "emoji") -> ConfigDict:
     config.image = dict(variant="", patch=8, width=96, depth=3, heads=4, mlp_dim=384, pool="cls", dtype="float32")
     config.text = dict(variant="", width=96, depth=1, heads=4, mlp_dim=384, causal=False, pool="first", dtype="float32")
     config.tokenizer = dict(vocab_size=2_048, context_length=12)
-    config.data = dict(source=train, image_size=32, crop_scale=(0.5, 1.0), captions="first" if data == "glyphs" else "random")
+    config.data = dict(source=train, image_size=32, crop_scale=(0.8, 1.0), captions="first" if data == "glyphs" else "random")
     config.augment = dict(views=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), flip=0.0 if data == "glyphs" else 0.5, jitter=(0.2, 0.2, 0.2, 0.0))
-    config.optim = dict(learning_rate=1e-3, warmup_steps=100, b2=0.999, weight_decay=0.05)
+    config.optim = dict(learning_rate=3e-3, warmup_steps=100, b2=0.999, weight_decay=0.05)
     config.train = dict(batch_size=128, steps=800)
     config.checkpoint = dict(every=200, best="val/rsum")
     config.log = dict(every=10)

@@ -23,6 +23,7 @@ The authors published no code. The paper fixes the form of the terms, the shared
 schedule; it names IPOT as the solver. The solver's constants are those of the published IPOT routine of UNITER (Chen et al.,
 ECCV 2020, https://arxiv.org/abs/1909.11740). What is our choice is said at its key in `CodisOptions`.
 """
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -33,9 +34,9 @@ from jax.sharding import PartitionSpec as P
 from jaxvl.losses.codebook import Solver, assign, codebook_terms, cosines, log_predictions, usage
 from jaxvl.losses.momentum import contrast
 from jaxvl.losses.transport import ipot_flops, sinkhorn_flops
-from jaxvl.methods.fused import Draws, Trunk, Views, trunk
+from jaxvl.methods.fused import Draws, Trunk, Views, on_trunk, trunk
 from jaxvl.methods.fused_options import of_method
-from jaxvl.methods.method import Batch, Method, Term, in_sequence, split_key, unit
+from jaxvl.methods.method import Batch, Method, split_key, unit
 from jaxvl.models.text import TextOptions
 from jaxvl.models.vit import VitOptions
 
@@ -112,28 +113,12 @@ def build(image: VitOptions, text: TextOptions, options: CodisOptions = CodisOpt
         params, memory = base.init(key_base, batch_spec)
         return ({**params, "codebook": unit(jax.random.normal(key_codes, (o.codes, o.width)))} if o.code else params), memory
 
-    def objective(params: dict, memory: dict, encoded: dict, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict]:
-        loss, aux, _ = terms(base, o, params, memory, encoded, batch, key)
-        return loss, aux
-
     def constrain(params: dict) -> dict:
         params = base.constrain(params)
         return {**params, "codebook": unit(params["codebook"])} if o.code and o.renorm_codes else params
 
-    return Method(
-        init=init,
-        encode=base.encode,
-        objective=objective,
-        loss=in_sequence(base.encode, objective),
-        update=lambda memory, params, aux: aux["memory"],
-        embed_image=base.embed_image,
-        embed_text=base.embed_text,
-        flops=lambda batch_spec: sum(flops(base, o, batch_spec).values()),
-        rules=(*RULES, *base.rules),
-        score_pair=base.score_pair,
-        constrain=constrain,
-        terms=lambda batch_spec: measurable(base, o, batch_spec),
-    )
+    plain = on_trunk(base, partial(terms, base, o), partial(flops, base, o), partial(programs, base, o))
+    return plain._replace(init=init, constrain=constrain, rules=(*RULES, *base.rules))
 
 
 def terms(
@@ -225,8 +210,8 @@ def flops(base: Trunk, o: CodisOptions, batch_spec: dict) -> dict[str, float]:
     return {**shares, "codebook": 2 * product * o.codes * (3 + 2 + queue / B) / 3, "transport": 2 * plans * solve / B / 3}
 
 
-def measurable(base: Trunk, o: CodisOptions, batch_spec: dict) -> dict[str, Term]:
-    """The parts of a step with their FLOPs; some also as programs of the features, of which that of the codebook solves its plans itself."""
+def programs(base: Trunk, o: CodisOptions, batch_spec: dict) -> dict[str, tuple]:
+    """Some terms as programs of the features, with their shapes; that of the codebook solves its plans itself."""
     B = batch_spec["tokens"].shape[0]
     G = 1 if o.scope == "global" else B // o.group_size
     of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -247,9 +232,8 @@ def measurable(base: Trunk, o: CodisOptions, batch_spec: dict) -> dict[str, Term
         queues = cosines(jnp.stack([V, T]), C) if o.ot_scope == "batch_plus_queue" else None
         return assign(cosines(jnp.stack([v_m, t_m]), C), solver(o), queues)
 
-    runs = {
+    return {
         "ica": (jax.value_and_grad(ica, (0, 1, 6)), (*(feature,) * 4, queue, queue, of())),
         "codebook": (jax.value_and_grad(code, (0, 1, 6)), (*(feature,) * 4, queue, queue, codes, of())),
         "transport": (plans, (feature, feature, queue, queue, codes)),
     }
-    return {name: Term(share, *runs.get(name, ())) for name, share in flops(base, o, batch_spec).items()}

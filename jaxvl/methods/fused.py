@@ -29,7 +29,7 @@ from jaxvl.losses.mlm import Masked, WordLosses
 from jaxvl.losses.momentum import Candidates, average, enqueue
 from jaxvl.losses.pairs import dot
 from jaxvl.methods.fused_options import HIGH, LOW, TrunkOptions, check
-from jaxvl.methods.method import Batch, PairScore, split_key, unit
+from jaxvl.methods.method import Batch, Method, PairScore, Term, in_sequence, split_key, unit
 from jaxvl.models import text as texts, vit as vits
 from jaxvl.models.flops import block_flops, text_flops, vit_flops
 from jaxvl.models.fusion import Fusion, MlmHead, image_keys_values
@@ -326,6 +326,37 @@ def trunk(image: VitOptions, text: TextOptions, options: TrunkOptions) -> Trunk:
         score_pair=PairScore(lambda params, images: keys_values(params, image_tokens(params, images)), text_side, score, pair_flops),
         flops=flops, rules=TRUNK_RULES,
     )  # fmt: skip
+
+
+def on_trunk(base: Trunk, terms: Callable, flops: Callable[[dict], dict[str, float]], programs: Callable[[dict], dict]) -> Method:
+    """The method on this trunk with a loss of its own.
+
+    terms: (params, memory, encoded, batch, key) -> (loss, aux, what was computed on the way), aux["memory"] that of the next step.
+    flops: (batch_spec) -> forward FLOPs of one example by term. programs: (batch_spec) -> (run, shapes) of the terms that can be run
+    apart, see `Term`.
+    """
+
+    def objective(params: dict, memory: dict, encoded: dict, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict]:
+        return terms(params, memory, encoded, batch, key)[:2]
+
+    def weighed(batch_spec: dict) -> dict[str, Term]:
+        run = programs(batch_spec)
+        return {name: Term(share, *run.get(name, ())) for name, share in flops(batch_spec).items()}
+
+    return Method(
+        init=base.init,
+        encode=base.encode,
+        objective=objective,
+        loss=in_sequence(base.encode, objective),
+        update=lambda memory, params, aux: aux["memory"],
+        embed_image=base.embed_image,
+        embed_text=base.embed_text,
+        flops=lambda batch_spec: sum(flops(batch_spec).values()),
+        rules=base.rules,
+        score_pair=base.score_pair,
+        constrain=base.constrain,
+        terms=weighed,
+    )
 
 
 def _linear(key: jax.Array, inputs: int, outputs: int) -> dict[str, jax.Array]:

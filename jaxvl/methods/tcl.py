@@ -12,6 +12,7 @@ softmax(x C / τ) and targets y, and :math:`y^\alpha` targets that are α parts 
 
     L = L_\text{ita}(L_\text{cma}, L_\text{imc}, L_\text{lmi}) + L_\text{itm} + L_\text{mlm}
 """
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,9 +20,9 @@ import jax.numpy as jnp
 
 from jaxvl.losses.local import local_information, pool_grid
 from jaxvl.losses.momentum import Candidates, contrast
-from jaxvl.methods.fused import Draws, Trunk, trunk
+from jaxvl.methods.fused import Draws, Trunk, on_trunk, trunk
 from jaxvl.methods.fused_options import of_method
-from jaxvl.methods.method import Batch, Method, Term, in_sequence, split_key
+from jaxvl.methods.method import Batch, Method, split_key
 from jaxvl.models import vit as vits
 from jaxvl.models.text import TextOptions
 from jaxvl.models.vit import VitOptions
@@ -73,24 +74,7 @@ def build(image: VitOptions, text: TextOptions, options: TclOptions = TclOptions
     if "lmi" in o.align and image.patch_dropout:
         raise ValueError(f"config.image.patch_dropout is {image.patch_dropout}; the local terms of config.method.align={o.align!r} pool all patches: set it to 0")
 
-    def objective(params: dict, memory: dict, encoded: dict, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict]:
-        loss, aux, _ = terms(base, o, params, memory, encoded, batch, key)
-        return loss, aux
-
-    return Method(
-        init=base.init,
-        encode=base.encode,
-        objective=objective,
-        loss=in_sequence(base.encode, objective),
-        update=lambda memory, params, aux: aux["memory"],
-        embed_image=base.embed_image,
-        embed_text=base.embed_text,
-        flops=lambda batch_spec: sum(flops(base, o, batch_spec).values()),
-        rules=base.rules,
-        score_pair=base.score_pair,
-        constrain=base.constrain,
-        terms=lambda batch_spec: measurable(base, o, batch_spec),
-    )
+    return on_trunk(base, partial(terms, base, o), partial(flops, base, o), partial(programs, o))
 
 
 def terms(
@@ -154,8 +138,8 @@ def flops(base: Trunk, o: TclOptions, batch_spec: dict) -> dict[str, float]:
     return {**base.flops(batch_spec), "cma": cma, **({"imc": imc} if "imc" in o.align else {}), **({"lmi": lmi} if "lmi" in o.align else {})}
 
 
-def measurable(base: Trunk, o: TclOptions, batch_spec: dict) -> dict[str, Term]:
-    """The parts of a step with their FLOPs; the alignment terms also as programs of the features."""
+def programs(o: TclOptions, batch_spec: dict) -> dict[str, tuple]:
+    """The alignment terms as programs of the features, with their shapes."""
     B, length = batch_spec["tokens"].shape
     G = 1 if o.scope == "global" else B // o.group_size
     of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -172,9 +156,8 @@ def measurable(base: Trunk, o: TclOptions, batch_spec: dict) -> dict[str, Term]:
     def lmi(v: jax.Array, t: jax.Array, image_local: jax.Array, text_local: jax.Array, tau: jax.Array) -> jax.Array:
         return local_information(v, image_local, tau, groups=G) + local_information(t, text_local, tau, groups=G)
 
-    runs = {
+    return {
         "cma": (jax.value_and_grad(cma, (0, 1, 6)), both),
         "imc": (jax.value_and_grad(imc, (0, 1, 6)), both),
         "lmi": (jax.value_and_grad(lmi, (0, 1, 4)), (feature, feature, of(B, o.pool_grid**2, o.width), of(B, length - 1, o.width), of())),
     }
-    return {name: Term(share, *runs.get(name, ())) for name, share in flops(base, o, batch_spec).items()}
