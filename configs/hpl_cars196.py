@@ -11,8 +11,8 @@ SPLITS = ("tfds://cars196/train", "tfds://cars196/test")
 EPOCH = 67  # steps of 120 of the 8,054 images
 
 
-def get_config() -> ConfigDict:
-    config = cub200()
+def get_config(backbone: str = "dinov2") -> ConfigDict:
+    config = cub200(backbone)
     config.method.update(classes=98, hierarchy_start=20 * EPOCH)
     config.data.update(source=SPLITS, hierarchy=r"re:(\S+) \d{4}$")
     config.optim.update(step_every=10 * EPOCH, hold=(("^image/(?!head)", EPOCH),))

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 EPOCH = 2_715  # steps of 120 of the 325,846 images
 
 
-def get_config() -> ConfigDict:
-    config = sop()
+def get_config(backbone: str = "dinov2") -> ConfigDict:
+    config = sop(backbone)
     config.method.update(classes=5_690, hierarchy_start=10 * EPOCH, num_coarse=(0, 0), level_weights=(1.0, 0.1, 0.1))
     config.data.update(source=("/data/inat2018-train",), label="class", hierarchy="hierarchy", levels=(4, 3))
     config.optim.update(step_every=7 * EPOCH, hold=(("^image/(?!head)", EPOCH),))

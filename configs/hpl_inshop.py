@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 EPOCH = 215  # steps of 120 of the 25,882 images
 
 
-def get_config() -> ConfigDict:
-    config = sop()
+def get_config(backbone: str = "dinov2") -> ConfigDict:
+    config = sop(backbone)
     config.method.update(classes=3_997, hierarchy_start=30 * EPOCH)
     config.data.update(source=("/data/inshop-train",), label="class", hierarchy="hierarchy", levels=(1,))
     config.optim.update(step_every=20 * EPOCH, hold=(("^image/(?!head)", EPOCH),))

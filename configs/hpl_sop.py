@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 EPOCH = 496  # steps of 120 of the 59,551 images
 
 
-def get_config() -> ConfigDict:
-    config = cub200()
+def get_config(backbone: str = "dinov2") -> ConfigDict:
+    config = cub200(backbone)
     config.method.update(classes=11_318, hierarchy_start=30 * EPOCH)
     config.data.update(source=("tfds://stanford_online_products/train",), label="class_id", classes="all", hierarchy="super_class_id")
     config.optim.update(learning_rate=6e-4, step_every=20 * EPOCH, step_factor=0.25, hold=(("^image/(?!head)", EPOCH),))

@@ -235,7 +235,9 @@ def _held(make: Callable[[int], optax.GradientTransformation], starts: Any) -> o
             moved, after = tx.update(only(n, updates), state.inner[n], only(n, params))
             awake = state.count >= n
             inner[n] = jax.tree.map(lambda new, old, awake=awake: jnp.where(awake, new, old), after, state.inner[n]) if n else after
-            pick = lambda start, old, new, n=n, awake=awake: (jnp.where(awake, new, 0) if n else new) if start == n else old
+            # A leaf that never moves is not there at all (`_without_still`).
+            mine = lambda start, new, n=n: start == n and not isinstance(new, optax.MaskedNode)
+            pick = lambda start, old, new, n=n, awake=awake, mine=mine: (jnp.where(awake, new, 0) if n else new) if mine(start, new) else old
             out = jax.tree.map(pick, starts, out, moved)
         return out, _HeldState(state.count + 1, inner)
 

@@ -21,7 +21,7 @@ RESUMED = ("clip_vitb16_cc12m", "codis_small", "hpl_cub200", "jvsm_fashion200k",
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", [*FILES, *(f"{FILES[0].parent}/hpl_{name}.py:resnet50" for name in ("cub200", "inshop"))], ids=lambda f: Path(f).stem + str(f).partition(":")[2])
 def test_full_size_in_shapes(file):
     """Method, optimiser, path rules and the whole train step at full size, without an array."""
     config = configs.load(str(file))

@@ -66,4 +66,5 @@ def build(image: VitOptions, text: TextOptions, options: ClipOptions = ClipOptio
         embed_text=encoders.embed_text,
         flops=encoders.flops,
         rules=((r"(^|/)t$", P()), *encoders.rules),
+        constant=encoders.constant,
     )

@@ -38,10 +38,8 @@ from jaxvl.losses.hierarchy import Hierarchy
 from jaxvl.losses.proxy import LOSSES
 from jaxvl.methods.method import Batch, Method, Renewed, Run, in_sequence, unchanged, unit
 from jaxvl.methods.towers import with_head
-from jaxvl.models import vit as vits
-from jaxvl.models.flops import vit_flops
+from jaxvl.models import kinds
 from jaxvl.models.rules import RULES
-from jaxvl.models.vit import VitOptions
 
 Base = Literal["proxy_anchor", "proxy_nca", "proxy_nca_pp", "proxy_nca_smoothed", "norm_softmax"]
 LEAST_PERIOD = 100  # steps between refreshes where the data are small
@@ -137,7 +135,7 @@ def check(o: HplOptions) -> None:
                 raise ValueError(f"{key}parents names the group {max(a) if max(a) >= size else min(a)}, but num_coarse is {o.num_coarse}")
 
 
-def build(image: VitOptions, text: Any, options: HplOptions = HplOptions()) -> Method:
+def build(image: Any, text: Any, options: HplOptions = HplOptions()) -> Method:
     """HPL with params {"image", "proxies" [classes padded, width], "coarse" where they are trained} and memory {"hierarchy"}, () without one.
 
     `options` as `complete` leaves them. Raises ValueError for options that cannot be. No text: `embed_text` is None.
@@ -145,8 +143,10 @@ def build(image: VitOptions, text: Any, options: HplOptions = HplOptions()) -> M
     del text
     o = options
     check(o)
-    image = vits.resolve(with_head(image, o.width, "image"))
-    vit, rows = vits.Vit(image), -(-o.classes // o.pad_to) * o.pad_to
+    kinds.row_wise(image)
+    kind = kinds.of(image)
+    image = kind.resolve(with_head(image, o.width, "image"), "image")
+    encoder, rows = kind.module(image), -(-o.classes // o.pad_to) * o.pad_to
     trained, levels = o.coarse_mode == "free", len(o.num_coarse)
     base = partial(LOSSES[o.base_loss], **_numbers(o), block=o.block, dtype=o.dtype)
     names = [str(level + 1) for level in range(levels)]
@@ -154,7 +154,7 @@ def build(image: VitOptions, text: Any, options: HplOptions = HplOptions()) -> M
     def init(key: jax.Array, batch_spec: dict) -> tuple[dict, Any]:
         keys = jax.random.split(key, 2 + levels)
         pixels = jnp.zeros((1, *batch_spec["image"].shape[1:]), jnp.float32)
-        params = {"image": vit.init(keys[0], pixels)["params"], "proxies": _proxies(keys[1], o.classes, rows, o.width)}
+        params = {"image": encoder.init(keys[0], pixels)["params"], "proxies": _proxies(keys[1], o.classes, rows, o.width)}
         if not levels:
             return params, ()
         coarse = tuple(_proxies(k, n, n, o.width) for k, n in zip(keys[2:], o.num_coarse, strict=True))
@@ -173,7 +173,7 @@ def build(image: VitOptions, text: Any, options: HplOptions = HplOptions()) -> M
         return above._replace(coarse=tuple(params["coarse"][n] for n in names)) if trained else above
 
     def embed(params: dict, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        tower: Any = vit.apply({"params": params["image"]}, images, rngs=None if key is None else {"dropout": key})
+        tower: Any = encoder.apply({"params": params["image"]}, images, rngs=None if key is None else {"dropout": key})
         return tower.pooled
 
     def encode(params: dict, batch: Batch, key: jax.Array | None) -> jax.Array:
@@ -216,7 +216,7 @@ def build(image: VitOptions, text: Any, options: HplOptions = HplOptions()) -> M
     def flops(batch_spec: dict) -> float:
         _, height, wide, _ = batch_spec["image"].shape
         met = o.negative_sampling * o.classes + sum(o.num_coarse)
-        return vit_flops(image, height, wide, train=True) + 2.0 * met * o.width
+        return kind.flops(image, height, wide, True) + 2.0 * met * o.width
 
     # A given hierarchy whose proxies are parameters has nothing to renew.
     renews = levels and not (o.hierarchy == "given" and trained)
@@ -232,6 +232,7 @@ def build(image: VitOptions, text: Any, options: HplOptions = HplOptions()) -> M
         rules=PROXY_RULES + RULES,
         refresh=refresh if renews else None,
         reads=("image", "label"),
+        constant=kinds.constant(image),
     )
 
 

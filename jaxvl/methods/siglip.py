@@ -68,4 +68,5 @@ def build(image: VitOptions, text: TextOptions, options: SiglipOptions = SiglipO
         embed_text=encoders.embed_text,
         flops=encoders.flops,
         rules=((r"(^|/)[tb]$", P()), *encoders.rules),
+        constant=encoders.constant,
     )

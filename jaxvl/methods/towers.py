@@ -24,6 +24,7 @@ class Towers(NamedTuple):
     embed_text: Callable[[dict, jax.Array], jax.Array]
     flops: Callable[[dict], float]
     rules: tuple[tuple[str, PartitionSpec], ...]
+    constant: str
 
 
 def towers(image: Any, text: Any) -> Towers:
@@ -62,6 +63,7 @@ def towers(image: Any, text: Any) -> Towers:
         embed_text=lambda params, tokens: embed(language, params["text"], tokens),
         flops=flops,
         rules=RULES,
+        constant=kinds.constant(image),
     )
 
 

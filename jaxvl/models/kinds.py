@@ -42,3 +42,9 @@ def row_wise(options: Any, section: str = "image") -> None:
     """Raises ValueError where a tower's output for a row depends on other rows, for methods that keep no running statistics."""
     if getattr(options, "statistics", "frozen") != "frozen":
         raise ValueError(f"config.{section}.statistics is {options.statistics!r}, whose running averages this method does not keep; it must be 'frozen'")
+
+
+def constant(options: Any, section: str = "image") -> str:
+    """Pattern of a tower's parameters that stand still, the statistics and affine maps of frozen batch normalisation; "" for none. They have
+    no gradient, but an optimiser's decay would move them."""
+    return rf"^{section}/(.*/)?\w*norm\d*/(scale|bias|mean|var)$" if getattr(options, "statistics", "") == "frozen" else ""

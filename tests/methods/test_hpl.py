@@ -9,13 +9,15 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxvl.data.augment import AugmentOptions
 from jaxvl.losses import hierarchy
-from jaxvl.mesh import MeshOptions, make_mesh, place, shardings
+from jaxvl.mesh import MeshOptions, make_mesh, path_str, place, shardings
 from jaxvl.methods import METHODS
 from jaxvl.methods.hpl import HplOptions, check, complete
 from jaxvl.methods.method import Run
+from jaxvl.models.flops import resnet_flops
+from jaxvl.models.resnet import ResnetOptions
 from jaxvl.models.text import TextOptions
 from jaxvl.models.vit import VitOptions
-from jaxvl.optim import OptimOptions, learning_rate, make_optimizer
+from jaxvl.optim import OptimOptions, check_constant, learning_rate, make_optimizer
 from jaxvl.state import STATE_RULES, create
 from jaxvl.step import make_train_step
 
@@ -136,3 +138,23 @@ def test_options_are_completed_from_the_run_and_refused_by_name():
             check(options(**kw))
     with pytest.raises(ValueError, match="config.method.classes is 0"):
         complete(HplOptions(), Run())
+
+
+def test_a_residual_network_with_frozen_normalisation():
+    """Its encoder trains, its normalisation stands still though everything decays; an optimiser that would move that is refused."""
+    image = ResnetOptions(depth=0, stages=(1,), width=2, pool="avg+max", dtype="float32", head_bias=True)
+    method = METHODS["hpl"].build(image, TextOptions(), options(hierarchy="none"))
+    params, memory = method.init(jax.random.key(0), SPEC)
+    optim = OPTIM._replace(groups=((method.constant, 0.0), *OPTIM.groups))
+    tx = make_optimizer(optim, params, 1)
+    step = make_train_step(method, tx, AugmentOptions(), optim, learning_rate(optim, 1), image_size=8, grad_shardings=None)
+    after, _ = jax.jit(step)(create(params, memory, tx.init(params), jax.random.key(1), ema=False), batch(0))
+    flat = lambda tree: {path_str(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    before, moved = flat(params["image"]), flat(after.params["image"])
+    assert {name for name in before if np.array_equal(before[name], moved[name])} == {name for name in before if "norm" in name}
+    assert method.flops(SPEC) > resnet_flops(image._replace(head=6), 8, 8)
+    check_constant(optim, params, method.constant)
+    with pytest.raises(ValueError, match=r"config.optim trains image/stage1_0/norm1/bias.*freeze it with the group"):
+        check_constant(OPTIM, params, method.constant)
+    with pytest.raises(ValueError, match="config.image.statistics is 'batch'"):
+        METHODS["hpl"].build(image._replace(statistics="batch"), TextOptions(), options(hierarchy="none"))
