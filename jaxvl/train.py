@@ -3,6 +3,7 @@
 The order inside the loop is what makes a resumed run equal to one that was never stopped: step, then evaluate, then save.
 An evaluation comes before the save of the same step, so that a run resumed there has its numbers and does not repeat it.
 """
+import itertools
 import json
 import signal
 import zlib
@@ -67,12 +68,13 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
             step = restored.step if restored else 0
             say(f"{'continuing at' if restored else 'starting at'} step {step} of {steps}, {sum(p.size for p in jax.tree.leaves(state.params)):,} parameters")
             log.start(step=step, steps=steps, batch_size=batch_size, samples_per_epoch=dataset.epoch,
-                      flops_per_sample=3 * parts.method.flops(parts.spec), chips=jax.device_count(), device_kind=jax.devices()[0].device_kind)  # fmt: skip
+                      flops_per_sample=3 * parts.method.flops(parts.spec), chips=jax.device_count(), device_kind=jax.devices()[0].device_kind, processes=jax.process_count())  # fmt: skip
             log.bad(dataset.bad)
             if restored:
                 lexicon.same(parts.tokenizer, restored.meta, workdir)
+            rows = process_rows(mesh, batch_size)
             batches = stack.enter_context(closing(train_batches(
-                dataset, parts.tokenizer, seed=recipe.seed, start=samples_seen(state.position), batch_size=batch_size, rows=process_rows(mesh, batch_size),
+                dataset, parts.tokenizer, seed=recipe.seed, start=samples_seen(state.position), batch_size=batch_size, rows=rows,
                 views=recipe.augment.views, sides=recipe.augment.hflip == "unsided",
             )))  # fmt: skip
 
@@ -88,6 +90,7 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
                     arrays = place(batch.arrays, mesh)
                 state, metrics = train_step(state, arrays)
                 step += 1
+                log.fed(step, rows[0], batch.ids)
                 log.step(step, metrics, arrays)
                 log.bad(batch.bad)
                 values: dict[str, float] = {}
@@ -96,7 +99,7 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
                     with log.pause("eval"):
                         values, galleries = evals.run(due, parts.method, for_faces(parts.method, state.params, state.memory), parts.tokenizer, recipe.data, recipe.augment)
                     log.write(step, values, galleries)
-                if stop(step):
+                if stop():
                     save(block=True)
                     if recipe.log.html and jax.process_index() == 0:
                         report.write_report(workdir)
@@ -149,14 +152,16 @@ def _keep_config(config: ConfigDict, workdir: Path) -> None:
 
 @contextmanager
 def _terminated() -> Iterator[Any]:
-    """stop(step): whether SIGTERM has come, on all processes at the same step."""
+    """stop(): whether SIGTERM has come; called after every step, it becomes true on all processes at the same one."""
     seen: list[int] = []
     if jax.process_count() > 1:
-        # JAX's own service catches the signal of any process and agrees with all others on the step.
-        yield multihost_utils.reached_preemption_sync_point
+        # JAX's own service catches the signal of any process and agrees with all others on a call. The calls are numbered from 1, not by
+        # step: of a signal that came before the first call the service expects it at number 1, and would miss it in a resumed run.
+        calls = itertools.count(1)
+        yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
         return
     before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
     try:
-        yield lambda _: bool(seen)
+        yield lambda: bool(seen)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -18,3 +18,11 @@ def test_a_host_with_other_samples_is_named(differs, monkeypatch):
             train._same_everywhere(dataset)
     else:
         train._same_everywhere(dataset)
+
+
+def test_a_signal_before_the_first_step_of_a_resumed_run(monkeypatch):
+    """JAX's service agrees on the call after the highest one made anywhere: number 1 where none was made yet."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda number: number == 1)
+    with train._terminated() as stop:
+        assert stop() and not stop()

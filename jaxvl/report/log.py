@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from jaxvl.gallery import Gallery
 from jaxvl.progress import Bar, duration, progress, say, silence
-from jaxvl.report import clock, goodput, metrics, summary
+from jaxvl.report import clock, goodput, metrics, samples, summary
 from jaxvl.report.page import save_galleries, write_report
 from jaxvl.report.watchdog import Watchdog
 from jaxvl.report.window import Plan, Window
@@ -48,7 +48,8 @@ class LogOptions(NamedTuple):
     every: steps between lines of metrics.jsonl, TensorBoard, W&B and plain output; floats are averaged in between.
     wandb: W&B project, "" for none. peak_flops: dense FLOP/s of one device for the MFU, 0 to look the device up.
     watchdog: stacks are dumped after this many times the median length of a step (or of an evaluation, ...), but not
-    before watchdog_floor seconds; 0 for never. html: write report.html at the end.
+    before watchdog_floor seconds; 0 for never. html: write report.html at the end. samples: note the ids of the samples
+    of every step in report/samples-<process>.jsonl (see report/samples.py).
     """
 
     every: int = 50
@@ -58,6 +59,7 @@ class LogOptions(NamedTuple):
     watchdog: float = 10.0
     watchdog_floor: float = 300.0
     html: bool = True
+    samples: bool = False
 
 
 def check(options: LogOptions) -> LogOptions:
@@ -111,7 +113,7 @@ class RunLog:
         self._options, self._workdir = options, workdir
         self._folder = workdir / "report"
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._main = process == 0
+        self._process, self._main = process, process == 0
         silence(not self._main)
         self._clock = clock.Clock(age)
         self._plan: Plan | None = None
@@ -128,6 +130,7 @@ class RunLog:
         self._facts: dict[str, str] = {}
         self._bad_path = self._folder / f"bad-{process}.jsonl"
         self._bad = {(row["shard"], row["key"], row["reason"]) for _, row in metrics.read_lines(self._bad_path)}
+        self._fed: metrics.Writer | None = None
         self._dog: Watchdog | None = None
         if options.watchdog:
             limits = {"factor": options.watchdog, "floor": options.watchdog_floor}
@@ -151,11 +154,12 @@ class RunLog:
         flops_per_sample: float = 0.0,
         chips: int = 1,
         device_kind: str = "",
+        processes: int = 1,
     ) -> None:
         """Begin the loop at `step`, the one restored, or 0: what earlier processes logged after it is cut.
 
         batch_size: global. flops_per_sample: of training, forward and backward; 0 leaves MFU out. chips: devices of the
-        whole run, all of `device_kind`.
+        whole run, all of `device_kind`, in `processes` processes.
         """
         peak = self._options.peak_flops or clock.peak_flops(device_kind)
         if flops_per_sample and not peak:
@@ -164,6 +168,9 @@ class RunLog:
             )
         self._plan = Plan(steps, batch_size, samples_per_epoch, flops_per_sample, chips, peak or None)
         self._step = step
+        if self._options.samples:
+            self._fed = samples.open_samples(self._folder, self._process, processes, step)
+            self._files.callback(self._fed.close)
         if self._main:
             self._window = Window(self._plan, self._folder / "window.jsonl", step)
             self._files.callback(self._window.close)
@@ -218,6 +225,11 @@ class RunLog:
                     for row in sorted(new)
                 )
 
+    def fed(self, step: int, row: int, ids: Iterable[int]) -> None:
+        """Note, with log.samples, that the rows of the global batch of `step` from `row` on are the samples `ids`."""
+        if self._fed:
+            self._fed.write(step, {"row": row, "ids": [int(i) for i in ids]})
+
     def write(self, step: int, values: Mapping[str, float | int], galleries: Sequence[Gallery] = ()) -> None:
         """Log host values, e.g. of an evaluation, as a line of their own, and keep galleries for the page."""
         self.drain()
@@ -233,6 +245,8 @@ class RunLog:
         """Wait until all steps handed in are done and logged and the log is on disk. Raises what a step failed with."""
         self._queue.join()
         self._raise()
+        if self._fed:
+            self._fed.flush()
         if self._window:
             with self._clock.span("log"):
                 self._window.save()
