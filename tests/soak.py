@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["PYTHONPATH"] = str(ROOT)
 import conftest  # noqa: E402, F401, the environment of the tests, before jax is imported
 import numpy as np  # noqa: E402
 import running  # noqa: E402
