@@ -75,6 +75,34 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--size", type=int, help="glyphs: number of images")
     make.add_argument("--per-shard", type=int, default=1000)
 
+    search = verbs.add_parser("search", help="index images or texts with a run, ask the index, export it").add_subparsers(dest="action", required=True, metavar="ACTION")
+    embed = search.add_parser("index", help="make an index", description="Any --config.KEY=VALUE overrides the run's config, and is kept with the index.")
+    embed.add_argument("run", type=Path, help="workdir of a run, or what `jaxvl export --format safetensors` made of one")
+    embed.add_argument("source", help="a folder of images, shards as in data.source, or a .txt or .jsonl file of texts, one a line")
+    embed.add_argument("--index", required=True, type=Path, help="a new folder")
+    embed.add_argument("--step", type=int, help="which checkpoint (default: the newest whole one)")
+    embed.add_argument("--ema", action="store_true", help="embed with the averaged parameters")
+    embed.add_argument("--batch-size", type=int, default=256)
+    embed.add_argument("--threshold", type=float, help="lexical vectors keep the words above it (default: 1/√V)")
+    embed.add_argument("--active", type=int, default=0, help="lexical vectors keep as many words instead")
+    embed.add_argument("--pruned", type=int, nargs=3, default=(64, 64, 256), metavar=("ITEM", "QUERY", "CANDIDATES"), help="two-stage search: words kept of items and queries, candidates scored exactly")
+    embed.add_argument("--also", action="append", default=[], choices=("seismic", "faiss"), help="another structure to search with, an extra; may be repeated")
+    query = search.add_parser("query", help="ask an index")
+    query.add_argument("index", type=Path)
+    asked = query.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--text")
+    asked.add_argument("--image", type=Path)
+    query.add_argument("--k", type=int, default=10, help="hits")
+    query.add_argument("--backend", default="exact", help="exact; lexical: device, two-stage, seismic; dense: faiss")
+    query.add_argument("--run", type=Path, help="that embeds the query, where it is no longer the path that the index was made from")
+    query.add_argument("--explain", action="store_true", help="lexical: the words that made each score")
+    query.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    layout = search.add_parser("export", help="an index for another search engine")
+    layout.add_argument("index", type=Path)
+    layout.add_argument("--format", required=True, choices=("anserini", "qdrant", "opensearch"))
+    layout.add_argument("--out", required=True, type=Path, help="a new folder")
+    layout.add_argument("--scale", type=int, default=10_000, help="anserini: what weights are multiplied by before they are rounded")
+
     bench = verbs.add_parser("bench", help="measure the input pipeline, the step, its terms, the loss or what a re-ranked pair costs; prints JSON")
     bench.add_argument("what", choices=("input", "step", "terms", "loss", "rerank", "proxies", "evaluation"))
     bench.add_argument("--config", help="step, terms, rerank: the config to measure (default: a small built-in one)")
@@ -88,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [r.removeprefix("--config.") for r in rest if r.startswith("--config.") and "=" in r]
     if strange := [r for r in rest if not (r.startswith("--config.") and "=" in r)]:
         parser().error(f"unrecognized arguments: {' '.join(strange)} (overrides are written --config.KEY=VALUE)")
-    if overrides and known.verb not in ("train", "eval", "export", "sweep", "bench"):
+    if overrides and known.verb not in ("train", "eval", "export", "sweep", "bench") and (known.verb, getattr(known, "action", "")) != ("search", "index"):
         parser().error(f"{known.verb} takes no --config overrides")
     try:
         return RUN[known.verb](known, overrides)
@@ -179,13 +207,28 @@ def _data(args: argparse.Namespace, _: list[str]) -> int:
     return tools.stats(args.paths, json=args.json, indexes=args.indexes)
 
 
+def _search(args: argparse.Namespace, overrides: list[str]) -> int:
+    if args.action == "export":
+        from jaxvl.search import layouts
+
+        return layouts.main(args.index, args.format, args.out, args.scale)
+    if args.action == "query":
+        from jaxvl.search import query
+
+        return query.main(args.index, text=args.text, image=args.image, k=args.k, backend=args.backend, run=args.run, explain=args.explain, as_json=args.json)
+    from jaxvl.search import build
+
+    return build.main(args.run, args.source, args.index, overrides, step=args.step, ema=args.ema, batch_size=args.batch_size, threshold=args.threshold,
+                      active=args.active, pruning=build.Pruning(*args.pruned), also=args.also)  # fmt: skip
+
+
 def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
     import importlib
 
     return importlib.import_module(f"jaxvl.bench.{args.what}").main(args.config, overrides, rounds=args.rounds)
 
 
-RUN = {"train": _train, "eval": _eval, "import": _import, "export": _export, "report": _report, "sweep": _sweep, "data": _data, "bench": _bench}
+RUN = {"train": _train, "eval": _eval, "import": _import, "export": _export, "report": _report, "sweep": _sweep, "data": _data, "search": _search, "bench": _bench}
 
 if __name__ == "__main__":
     sys.exit(main())

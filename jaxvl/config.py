@@ -88,6 +88,11 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
         if "get_config" not in namespace:
             raise ConfigError(f"--config={path}: {file!r} defines no get_config()")
         config = complete(namespace["get_config"](arg) if arg else namespace["get_config"]())
+    return override(config, overrides)
+
+
+def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
+    """A complete `config` changed by `overrides`, as `load` takes them. Raises ConfigError."""
     values = flags.FlagValues()
     argv = ["jaxvl", *(f"--config.{item}" for item in overrides)]
     try:

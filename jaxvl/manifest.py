@@ -83,7 +83,14 @@ def commit(target: Path, final: Path) -> None:
 
 def read(folder: Path, step: int) -> Manifest:
     """The manifest of a step. Raises DamagedError where it is missing, altered, of another step or of an unknown format."""
-    target = step_folder(folder, step)
+    found = read_at(step_folder(folder, step))
+    if found.step != step:
+        raise DamagedError(f"{FILE}: it belongs to step {found.step}; was the folder renamed?")
+    return found
+
+
+def read_at(target: Path) -> Manifest:
+    """The manifest in `target`. Raises DamagedError where it is missing, altered or of an unknown format."""
     try:
         text = (target / FILE).read_bytes()
     except OSError as error:
@@ -94,8 +101,6 @@ def read(folder: Path, step: int) -> Manifest:
     body = json.loads(text)
     if body["format"] != FORMAT:
         raise DamagedError(f"{FILE}: format {body['format']}, but this version of jaxvl reads format {FORMAT}")
-    if body["step"] != step:
-        raise DamagedError(f"{FILE}: it belongs to step {body['step']}; was the folder renamed?")
     return Manifest(**{field: body[field] for field in Manifest._fields})
 
 
@@ -108,10 +113,15 @@ def examine(folder: Path, step: int, share: tuple[int, int] = (0, 1)) -> tuple[M
         manifest = read(folder, step)
     except DamagedError as error:
         return None, [str(error)]
-    target, (first, stride) = step_folder(folder, step), share
+    return manifest, faults(step_folder(folder, step), manifest, share)
+
+
+def faults(target: Path, manifest: Manifest, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """What is wrong with the files of `target`, as `examine` tells it."""
+    first, stride = share
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda item: _fault(target, *item), list(manifest.files.items())[first::stride])
-    return manifest, [fault for fault in found if fault]
+    return [fault for fault in found if fault]
 
 
 def delete(folder: Path, step: int) -> None:

@@ -114,4 +114,8 @@ def open_source(pattern: str, place: Place) -> Source:
         from jaxvl.data.tfds import tfds_source
 
         return tfds_source(pattern, place)
+    if pattern.startswith("folder://"):
+        from jaxvl.data.folder import folder_source
+
+        return folder_source(pattern, place)
     return tar_source(pattern, expand(pattern, place.cache), place)

@@ -66,15 +66,8 @@ def open_for(
 
 def embed_samples(model: Model, dataset: Dataset, batch_size: int, captions: int = 1) -> Embedded:
     """Embeds every usable sample with at most `captions` of its texts, none where the data set has data.captions="none"."""
-    size = whole_batch(model, batch_size)
     reasons: Counter[str] = Counter()
-
-    def outputs() -> Iterator[dict[str, jax.Array]]:
-        for batch in eval_batches(dataset, model.tokenizer, batch_size=size, rows=process_rows(model.mesh, size), captions=captions):
-            reasons.update(bad.reason for bad in batch.bad)
-            yield _embed(model.params, place(batch.arrays, model.mesh), method=model.method, augment=model.augment)
-
-    parts = list(fetch(outputs()))
+    parts = list(embed_stream(model, dataset, batch_size, captions, reasons))
     whole = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
     valid = whole["valid"]
     if missing := len(dataset) - int(valid.sum()):
@@ -89,6 +82,31 @@ def embed_samples(model: Model, dataset: Dataset, batch_size: int, captions: int
     real = np.arange(captions) < whole["captions"][valid][:, None]  # [image, captions]
     owner = np.broadcast_to(np.arange(len(images), dtype=np.int32)[:, None], real.shape)
     return Embedded(images, np.flatnonzero(valid), labels, whole["text"][valid][real], owner[real], whole["tokens"][valid][real])
+
+
+def embed_stream(model: Model, dataset: Dataset, batch_size: int, captions: int = 1, reasons: Counter[str] | None = None) -> Iterator[dict[str, np.ndarray]]:
+    """Every sample once, a global batch at a time: the arrays of `eval_batches` but for the pixels, with "image" float32 [batch, d] and "text".
+
+    reasons: counts why samples of this process could not be used.
+    """
+    size = whole_batch(model, batch_size)
+
+    def outputs() -> Iterator[dict[str, jax.Array]]:
+        for batch in eval_batches(dataset, model.tokenizer, batch_size=size, rows=process_rows(model.mesh, size), captions=captions):
+            if reasons is not None:
+                reasons.update(bad.reason for bad in batch.bad)
+            yield _embed(model.params, place(batch.arrays, model.mesh), method=model.method, augment=model.augment)
+
+    return fetch(outputs())
+
+
+def embed_image(model: Model, image: bytes) -> np.ndarray:
+    """float32 [d], of an encoded image. Raises decode.Undecodable."""
+    low, high = process_rows(model.mesh, size := whole_batch(model, 1))
+    pixels = decode.decode_eval(image, decode_options(model.data))
+    batch = {"image": np.broadcast_to(pixels, (size, *pixels.shape))[low:high]}
+    (out,) = fetch([_embed(model.params, place(batch, model.mesh), method=model.method, augment=model.augment)])
+    return out["image"][0]
 
 
 def embed_texts(model: Model, texts: Sequence[str], batch_size: int) -> np.ndarray:
