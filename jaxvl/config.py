@@ -41,13 +41,15 @@ class ConfigError(ValueError):
 class TrainOptions(NamedTuple):
     """How long and how wide. `steps` optimiser steps of `batch_size` global samples, each cut in `accumulate` microbatches.
 
-    Where `steps` is 0, `epochs` passes over the training samples are made instead.
+    Where `steps` is 0, `epochs` passes over the training samples are made instead. rollback: after so many steps in a row whose loss or
+    gradient is not finite the run goes back to its newest checkpoint and on with the samples after them (see rollback.py); 0: never.
     """
 
     batch_size: int = 1024
     steps: int = 0
     epochs: float = 0.0
     accumulate: int = 1
+    rollback: int = 10
 
 
 class Recipe(NamedTuple):
@@ -155,6 +157,8 @@ def read(config: ConfigDict) -> Recipe:
     train = recipe.train
     if train.batch_size < 1:
         raise ConfigError(f"config.train.batch_size is {train.batch_size}; it must be at least 1")
+    if train.rollback < 0:
+        raise ConfigError(f"config.train.rollback is {train.rollback}; it must be a number of steps, or 0 for never")
     if train.accumulate < 1 or train.batch_size % train.accumulate:
         raise ConfigError(f"config.train.accumulate is {train.accumulate}; it must divide train.batch_size {train.batch_size}")
     if (train.steps > 0) == (train.epochs > 0):

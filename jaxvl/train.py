@@ -25,6 +25,7 @@ from jaxvl.interop import initial
 from jaxvl.mesh import make_mesh, place, process_rows
 from jaxvl.methods.method import for_faces
 from jaxvl.progress import say
+from jaxvl.rollback import Skipped, go_back
 from jaxvl.state import samples_seen
 
 # What may differ between two starts of one run; a change of anything else is pointed out.
@@ -78,12 +79,21 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
                 views=recipe.augment.views, sides=recipe.augment.hflip == "unsided",
             )))  # fmt: skip
 
+            skipped = Skipped(recipe.train.rollback, restored.meta.get("skipped", []) if restored else [])
+            tries: dict[int, int] = {}
+
             def save(*, block: bool = False) -> None:
-                meta = {"config": config.to_json_best_effort(), "position": {"seed": recipe.seed, "samples": samples_seen(state.position)}, **lexicon.stamp(parts.tokenizer)}
+                meta = {"config": config.to_json_best_effort(), "position": {"seed": recipe.seed, "samples": samples_seen(state.position)},
+                        "skipped": skipped.note(), **lexicon.stamp(parts.tokenizer)}  # fmt: skip
                 with log.pause("checkpoint"):
                     saver.save(step, state, meta, values, block=block)
 
-            while step < steps:
+            while step < steps or skipped.too_many:
+                if skipped.too_many:
+                    with log.pause("rollback"):
+                        step, state, _ = go_back(saver, plan.state, state, skipped, step, tries)
+                    log.back(step)
+                    skipped = Skipped(recipe.train.rollback, [0, int(state.skipped)])
                 with log.wait("data"):
                     batch = next(batches)
                 with log.wait("transfer"):
@@ -93,6 +103,9 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
                 log.fed(step, rows[0], batch.ids)
                 log.step(step, metrics, arrays)
                 log.bad(batch.bad)
+                skipped.add(metrics["skipped"])
+                if skipped.too_many:
+                    continue
                 values: dict[str, float] = {}
                 due = {k: e for k, e in recipe.evals.items() if step == steps or (e.every and step % e.every == 0)}
                 if due:
@@ -106,7 +119,10 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
                     say(f"terminated: step {step} is saved; the same command continues there")
                     return TERMINATED
                 if step == steps or step % recipe.checkpoint.every == 0:
-                    save(block=step == steps)
+                    skipped.settle()
+                    # Amid skipped steps nothing is learnt, and what is kept of a few checkpoints should be good ones.
+                    if skipped.row == 0 or (step == steps and not skipped.too_many):
+                        save(block=step == steps)
             log.finish()
     return 0
 

@@ -21,6 +21,7 @@ KINDS = {
     "other": "host work",
     "eval": "evaluation",
     "checkpoint": "checkpoint stalls",
+    "rollback": "going back",
     "compile": "compilation",
     "log": "writing the log",
     "restart": "start and restart",

@@ -131,6 +131,8 @@ class RunLog:
         self._bad_path = self._folder / f"bad-{process}.jsonl"
         self._bad = {(row["shard"], row["key"], row["reason"]) for _, row in metrics.read_lines(self._bad_path)}
         self._fed: metrics.Writer | None = None
+        self._processes = 1
+        self._past: dict[str, float] = {}
         self._dog: Watchdog | None = None
         if options.watchdog:
             limits = {"factor": options.watchdog, "floor": options.watchdog_floor}
@@ -168,20 +170,35 @@ class RunLog:
             )
         self._plan = Plan(steps, batch_size, samples_per_epoch, flops_per_sample, chips, peak or None)
         self._step = step
-        if self._options.samples:
-            self._fed = samples.open_samples(self._folder, self._process, processes, step)
-            self._files.callback(self._fed.close)
+        self._processes = processes
+        self._open(step)
         if self._main:
+            self._bar = progress(text="train", total=steps, unit="steps", done=step, plain=False).__enter__()
+        self._thread = threading.Thread(target=self._follow, name="log", daemon=True)
+        self._thread.start()
+
+    def back(self, step: int) -> None:
+        """The run goes on from `step`, an earlier one: what was logged after it is cut, and its time counts as lost."""
+        self.drain()
+        self._files.close()
+        self._writers, self._step, self._past = [], step, self._clock.totals()
+        self._open(step)
+        if self._bar:
+            self._bar.done = step
+
+    def _open(self, step: int) -> None:
+        """The files of a run that goes on from `step`, and an account for it."""
+        if self._options.samples:
+            self._fed = samples.open_samples(self._folder, self._process, self._processes, step)
+            self._files.callback(self._fed.close)
+        if self._main and self._plan:
             self._window = Window(self._plan, self._folder / "window.jsonl", step)
             self._files.callback(self._window.close)
             self._open_writers(step)
             self._sessions = goodput.resume(goodput.read_sessions(self._folder), step)
-            self._sessions.append(
-                goodput.Session(time.time() - (time.perf_counter() - self._clock.begin), step, step, step, {})
-            )
-            self._bar = progress(text="train", total=steps, unit="steps", done=step, plain=False).__enter__()
-        self._thread = threading.Thread(target=self._follow, name="log", daemon=True)
-        self._thread.start()
+            spent = sum(self._past.values()) if self._past else 0.0
+            began = time.time() - (time.perf_counter() - self._clock.begin) + spent
+            self._sessions.append(goodput.Session(began, step, step, step, {}))
 
     def wait(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Time a part of the step in which the host waits: "data" or "transfer"."""
@@ -342,8 +359,12 @@ class RunLog:
     def _save_session(self) -> None:
         self._saved = time.perf_counter()
         last = self._sessions[-1]
-        self._sessions[-1] = last._replace(last=self._step, kept=self._step, seconds=self._clock.totals())
+        self._sessions[-1] = last._replace(last=self._step, kept=self._step, seconds=self._spent())
         goodput.save_sessions(self._folder, self._sessions)
+
+    def _spent(self) -> dict[str, float]:
+        """Seconds by kind since the start, or since the run went back."""
+        return {kind: seconds - self._past.get(kind, 0.0) for kind, seconds in self._clock.totals().items()}
 
     @contextlib.contextmanager
     def _shown(self, name: str) -> Iterator[None]:
