@@ -33,7 +33,7 @@ from jaxvl.data.places import sample_places  # noqa: E402
 from jaxvl.report.metrics import read_metrics  # noqa: E402
 from jaxvl.report.samples import read_samples  # noqa: E402
 
-LIMIT = 300.0  # seconds after which a run that has not come back is given up
+LIMIT = 900.0  # seconds after which a run that has not come back is given up
 
 
 class Struck(NamedTuple):
