@@ -69,7 +69,7 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
             step = restored.step if restored else 0
             say(f"{'continuing at' if restored else 'starting at'} step {step} of {steps}, {sum(p.size for p in jax.tree.leaves(state.params)):,} parameters")
             log.start(step=step, steps=steps, batch_size=batch_size, samples_per_epoch=dataset.epoch,
-                      flops_per_sample=3 * parts.method.flops(parts.spec), chips=jax.device_count(), device_kind=jax.devices()[0].device_kind, processes=jax.process_count())  # fmt: skip
+                      flops_per_sample=3 * parts.method.flops(parts.spec), chips=jax.device_count(), device_kind=jax.devices()[0].device_kind, processes=jax.process_count(), board=hosts.board())  # fmt: skip
             log.bad(dataset.bad)
             if restored:
                 lexicon.same(parts.tokenizer, restored.meta, workdir)

@@ -34,6 +34,7 @@ from jaxvl.gallery import Gallery
 from jaxvl.progress import Bar, duration, progress, say, silence
 from jaxvl.report import clock, goodput, metrics, samples, summary
 from jaxvl.report.page import save_galleries, write_report
+from jaxvl.report.peers import Board, Peers
 from jaxvl.report.watchdog import Watchdog
 from jaxvl.report.window import Plan, Window
 
@@ -131,12 +132,14 @@ class RunLog:
         self._bad_path = self._folder / f"bad-{process}.jsonl"
         self._bad = {(row["shard"], row["key"], row["reason"]) for _, row in metrics.read_lines(self._bad_path)}
         self._fed: metrics.Writer | None = None
+        self._peers: Peers | None = None
         self._processes = 1
         self._past: dict[str, float] = {}
         self._dog: Watchdog | None = None
         if options.watchdog:
             limits = {"factor": options.watchdog, "floor": options.watchdog_floor}
-            self._dog = Watchdog(self._clock.activity, lambda: self._step, workdir, process, **limits)
+            missing = lambda: self._peers.missing() if self._peers else ""
+            self._dog = Watchdog(self._clock.activity, lambda: self._step, workdir, process, **limits, missing=missing)
 
     def describe(self, **facts: Any) -> None:
         """Facts for the head of the page, e.g. config=str(config), devices="8 x TPU v4"; versions are added."""
@@ -157,11 +160,13 @@ class RunLog:
         chips: int = 1,
         device_kind: str = "",
         processes: int = 1,
+        board: Board | None = None,
     ) -> None:
         """Begin the loop at `step`, the one restored, or 0: what earlier processes logged after it is cut.
 
         batch_size: global. flops_per_sample: of training, forward and backward; 0 leaves MFU out. chips: devices of the
-        whole run, all of `device_kind`, in `processes` processes.
+        whole run, all of `device_kind`, in `processes` processes, which tell each
+        other what they do on `board`.
         """
         peak = self._options.peak_flops or clock.peak_flops(device_kind)
         if flops_per_sample and not peak:
@@ -172,6 +177,10 @@ class RunLog:
         self._step = step
         self._processes = processes
         self._open(step)
+        if board:
+            self._peers = Peers(
+                board, self._process, processes, self._clock.activity, lambda: self._step, lambda: self._clock.seconds
+            )
         if self._main:
             self._bar = progress(text="train", total=steps, unit="steps", done=step, plain=False).__enter__()
         self._thread = threading.Thread(target=self._follow, name="log", daemon=True)
@@ -290,6 +299,8 @@ class RunLog:
                 self.drain()
         finally:
             self._close_bar()
+            if self._peers:
+                self._peers.close()
             if self._dog:
                 self._dog.close()
                 self._dog = None

@@ -16,7 +16,8 @@ class Watchdog:
     """Compares `activity()` with its usual length, and dumps once per stall.
 
     A stall: the phase has lasted more than max(floor, factor * usual) seconds. The stacks go to standard error and to
-    `folder`/stacks-<process>-<number>.txt. `step` tells how far the run is, for the message.
+    `folder`/stacks-<process>-<number>.txt. `step` tells how far the run is, for the message, and `missing` which other
+    processes are waited for.
 
     Where a thread holds the interpreter for good this thread cannot run either; for that case it keeps a timer of
     `faulthandler` armed, which needs no interpreter, and puts it off each time it looks.
@@ -31,9 +32,10 @@ class Watchdog:
         *,
         factor: float,
         floor: float,
+        missing: Callable[[], str] = lambda: "",
     ) -> None:
         self._activity, self._step, self._folder = activity, step, folder
-        self._factor, self._floor, self._process = factor, floor, process
+        self._factor, self._floor, self._process, self._missing = factor, floor, process, missing
         self._stalled: tuple[str, float] | None = None
         self._quit = threading.Event()
         self._frozen = open(folder / f"stacks-{process}-frozen.txt", "a")  # noqa: SIM115
@@ -72,4 +74,8 @@ class Watchdog:
         with open(path, "w", encoding="utf-8") as file:
             print(time.strftime("%Y-%m-%d %H:%M:%S"), head, file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
+        if who := self._missing():
+            print(f"watchdog: {who}", file=sys.stderr, flush=True)
+            with open(path, "a", encoding="utf-8") as file:
+                print(who, file=file)
         print(path.read_text(), f"these stacks are in {path}; the run goes on", sep="", file=sys.stderr, flush=True)
