@@ -4,6 +4,7 @@ A checkpoint is one flat dict of arrays named by their path in the train state (
 read in part and does not depend on the classes of the optimiser. `Saver` is the run's side, one per checkpoint folder;
 `restore` and `restore_params` read only. The folder is on a POSIX file system that all processes of a run share.
 """
+import contextlib
 import json
 import logging
 import math
@@ -78,10 +79,26 @@ def open_saver(folder: Path, options: CheckpointOptions) -> "Saver":
             folder.mkdir(parents=True, exist_ok=True)
             held = manifest.lock(folder)
             manifest.clean(folder)
+            _was_here(folder)
         except Exception as reason:
             error = reason
+            if held:
+                held.close()
     agree(error)
     return Saver(folder, options, held)
+
+
+def _note(folder: Path, step: int) -> None:
+    """Beside the folder, that a step was saved in it: an empty folder is then no beginning, but a disk that is not mounted."""
+    with contextlib.suppress(OSError):  # the step itself is whole
+        folder.with_name(f"{folder.name}.newest").write_text(f"{step}\n")
+
+
+def _was_here(folder: Path) -> None:
+    """Raises ValueError where a step was saved in `folder` and none is there any more."""
+    note = folder.with_name(f"{folder.name}.newest")
+    if note.is_file() and not whole_steps(folder):
+        raise ValueError(f"{folder} has no checkpoint, though step {note.read_text().strip()} was saved there: is its disk mounted on this host? Where the run shall begin anew, delete {note}")
 
 
 class Saver:
@@ -180,6 +197,7 @@ class Saver:
             if jax.process_index() == 0:
                 manifest.write(target, *body)
                 manifest.commit(target, manifest.step_folder(self.folder, step))
+                _note(self.folder, step)
             self._last = step
         except Exception as reason:
             self._error = self._failed(step, needed, reason)

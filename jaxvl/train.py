@@ -25,6 +25,7 @@ from jaxvl.interop import initial
 from jaxvl.mesh import make_mesh, place, process_rows
 from jaxvl.methods.method import for_faces
 from jaxvl.progress import say
+from jaxvl.report.metrics import write_atomic
 from jaxvl.rollback import Skipped, go_back
 from jaxvl.state import samples_seen
 
@@ -156,14 +157,15 @@ def _same_everywhere(dataset: Dataset) -> None:
 
 def _keep_config(config: ConfigDict, workdir: Path) -> None:
     """Save the whole config with the run; where the run had another, say what differs and may make it another run."""
+    if jax.process_index() != 0:
+        return
     file = workdir / "config.json"
     if file.is_file():
         old, new = (configs.flat(json.loads(text)) for text in (file.read_text(), config.to_json_best_effort()))
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE):
                 say(f"config.{name} was {old.get(name)!r} when this run began and is {new.get(name)!r} now")
-    if jax.process_index() == 0:
-        file.write_text(config.to_json_best_effort(indent=2))
+    write_atomic(file, config.to_json_best_effort(indent=2))  # others may be reading it, and a full disk must not cut it short
 
 
 @contextmanager

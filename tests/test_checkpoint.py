@@ -372,3 +372,15 @@ def test_options(tmp_path, options, words):
         open_saver(tmp_path, CheckpointOptions(**options))
     with pytest.raises(ValueError, match="a bucket cannot rename"):
         open_saver(Path("gs://bucket/run"), CheckpointOptions())
+
+
+def test_a_disk_that_is_not_mounted_is_no_beginning(tmp_path):
+    """The folder is there and empty, as a mount point is; what was saved elsewhere must not be trained anew unasked."""
+    folder = tmp_path / "checkpoints"
+    with open_saver(folder, CheckpointOptions()) as saver:
+        saver.save(3, {"w": jnp.ones(2)}, {}, block=True)
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="has no checkpoint, though step 3 was saved there: is its disk mounted"):
+        open_saver(folder, CheckpointOptions())
+    (tmp_path / "checkpoints.newest").unlink()
+    open_saver(folder, CheckpointOptions()).close()

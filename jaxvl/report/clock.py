@@ -157,6 +157,11 @@ class Clock:
         seconds[rest] += max(0.0, now - self.begin - sum(seconds.values()))
         return dict(seconds)
 
+    def stalls(self, name: str) -> tuple[list[float], float]:
+        """(seconds of the last pauses of that name, seconds of the median step)."""
+        with self._lock:
+            return list(self._pauses[name]), statistics.median(self._steps) if self._steps else 0.0
+
     def activity(self) -> Activity:
         """What the run is doing now, for the watchdog."""
         names = tuple(self._names)

@@ -289,7 +289,10 @@ class RunLog:
         path = None
         if self._options.html:
             path = write_report(self._workdir)
-        summary.print_summary(metrics.read_metrics(self._workdir), self._sessions, path)
+        saves, step = self._clock.stalls("checkpoint")
+        # The last save is waited for, and holds up no step.
+        stall = summary.stall_line(saves[:-1], step)
+        summary.print_summary(metrics.read_metrics(self._workdir), self._sessions, path, stall)
         return path
 
     def close(self, wait: bool = True) -> None:

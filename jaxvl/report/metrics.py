@@ -78,12 +78,15 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def jsonl_writer(path: Path) -> Writer:
-    """Appends one JSON object a line; a line is with the operating system when `write` returns."""
+    """Appends one JSON object a line; a line is with the operating system when `write` returns. OSErrors name the file."""
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(step: int, values: Mapping[str, Any]) -> None:
-        file.write(encode({"step": step, **values}) + "\n")
-        file.flush()
+        try:
+            file.write(encode({"step": step, **values}) + "\n")
+            file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
     def flush() -> None:
         file.flush()

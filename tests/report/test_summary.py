@@ -65,3 +65,8 @@ def test_log_line_splits_the_step():
         "step 1,500/6,000 (epoch 0.50)  loss 1.235  skipped 1,000  1,234 samples/s"
         "  step 10.0 ms = data 1.0 + transfer 2.0 + compute 6.5 + other 0.5  mfu 41.0 %"
     )
+
+
+def test_what_a_save_costs():
+    assert summary.stall_line([0.05, 0.04, 0.9], 0.1) == "checkpoint stall 50 ms a save, 0.5 steps (median of 3)"
+    assert summary.stall_line([], 0.1) == "" and summary.stall_line([1.0], 0.0) == ""
