@@ -223,7 +223,7 @@ def main() -> None:
     if "disk" in names and not mounted:
         print("cannot mount a small tmpfs here: no full disk in this soak")
         names.remove("disk")
-    overrides = ["train.steps=10000000", "optim.warmup_steps=1", "checkpoint.every=25", "log.samples=True"]
+    overrides = ["train.steps=10000000", "optim.warmup_steps=1", "checkpoint.every=10", "log.samples=True"]
     soak = Soak(args.workdir.absolute(), args.processes, overrides, grace=5)
     struck: list[Struck] = []
     try:
@@ -234,6 +234,7 @@ def main() -> None:
             time.sleep(0.1)
         print(f"running after {time.monotonic() - begin:.0f} s", flush=True)
         due, deck = time.monotonic() + rng.uniform(1, 10), []
+        begin = time.monotonic()
         while time.monotonic() - begin < 60 * args.minutes:
             if time.monotonic() < due:
                 time.sleep(0.05)
