@@ -79,7 +79,9 @@ def _slurm(env: Mapping[str, str]) -> Place:
     """A task of a step. The port differs from step to step, so that a step started anew never meets what is left of the one before."""
     port = FIRST_PORT + (8 * int(env["SLURM_JOB_ID"]) + int(env.get("SLURM_STEP_ID", "0"))) % 4096
     here = tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])]
-    share = gpu_shares(here, env)[int(env["SLURM_LOCALID"])] if "SLURM_GPUS_PER_TASK" not in env else {}
+    # With --gpus-per-task or --gpu-bind a task sees its own alone.
+    bound = "SLURM_GPUS_PER_TASK" in env or len(env.get("CUDA_VISIBLE_DEVICES", "," * here).split(",")) < here
+    share = {} if bound else gpu_shares(here, env)[int(env["SLURM_LOCALID"])]
     return Place(f"{first_host(env['SLURM_STEP_NODELIST'])}:{port}", int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"]), share.get("CUDA_VISIBLE_DEVICES", ""))
 
 

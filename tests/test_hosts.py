@@ -33,6 +33,7 @@ def test_a_slurm_step():
     # The GPUs of a node are divided among its tasks, unless Slurm has done so; one task on a node has them all.
     assert hosts.find({**STEP, "CUDA_VISIBLE_DEVICES": "0,1,2,3"}).gpus == "2,3"
     assert hosts.find({**STEP, "CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_PER_TASK": "2"}).gpus == ""
+    assert hosts.find({**STEP, "CUDA_VISIBLE_DEVICES": "0"}).gpus == ""  # --gpu-bind
     assert hosts.find({**STEP, "CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_NODEID": "2", "SLURM_LOCALID": "0"}).gpus == ""
 
 
