@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     layout.add_argument("--scale", type=int, default=10_000, help="anserini: what weights are multiplied by before they are rounded")
 
     bench = verbs.add_parser("bench", help="measure the input pipeline, the step, its terms, the loss or what a re-ranked pair costs; prints JSON")
-    bench.add_argument("what", choices=("input", "step", "terms", "loss", "rerank", "proxies", "evaluation"))
+    bench.add_argument("what", choices=("input", "step", "terms", "loss", "rerank", "proxies", "evaluation", "search"))
     bench.add_argument("--config", help="step, terms, rerank: the config to measure (default: a small built-in one)")
     bench.add_argument("--rounds", type=int, default=3, help="alternated rounds; medians are reported")
     return top

@@ -17,7 +17,7 @@ REASONS = {
     "garbage": "a stretch of the shard that is no tar",
     "nottar": "the shard is no tar",
     "special": "the shard is a FIFO, a socket, a device or a folder",
-    "unreadable": "the shard cannot be opened",
+    "unreadable": "the shard, or the image file, cannot be opened",
     "undecodable": "the caption is no UTF-8",
     "corrupt": "the image cannot be decoded",
     "notimage": "the image is something else, such as a web page",

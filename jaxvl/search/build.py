@@ -13,7 +13,7 @@ from jaxvl.models import sparse
 from jaxvl.progress import progress, say
 from jaxvl.search import lexical
 from jaxvl.search.backends import AT, POSTINGS, PRUNED, ROWS, SAMPLE, VECTORS, open_backend, recall, vectors
-from jaxvl.search.extras import EXTRAS
+from jaxvl.search.extras import EXTRAS, library
 from jaxvl.search.items import items
 from jaxvl.search.lexical import Pruning
 from jaxvl.search.model import open_run
@@ -40,7 +40,7 @@ def main(run: Path, source: str, out: Path, overrides: Sequence[str], *, step: i
     for name in also:
         if EXTRAS[name].kind != kind:
             raise ValueError(f"--also {name} is for {EXTRAS[name].kind} vectors; those of {run} are {kind}")
-        EXTRAS[name].check()
+        library(name)
     lexical.check(pruning)
     with jax.set_mesh(opened.model.mesh), drafting(out) as draft:
         found = items(opened.model, source, batch_size)
@@ -77,8 +77,7 @@ def write(draft: Draft, out: Path, batches: Iterable[tuple[Any, list[str]]], met
     for rows, names in batches:
         sparse_rows, width = sp.issparse(rows), rows.shape[1]
         if sparse_rows:
-            _append(draft, ROWS, rows, entries)
-            entries += rows.nnz
+            entries += append_sparse(draft, rows, entries)
         else:
             if not np.isfinite(rows).all():
                 raise ValueError("an embedding is not finite; the model has diverged or an image is broken")
@@ -88,15 +87,14 @@ def write(draft: Draft, out: Path, batches: Iterable[tuple[Any, list[str]]], met
     if not count:
         raise ValueError("there is nothing to index: no item can be used")
     kind = "lexical" if sparse_rows else "dense"
-    meta = {**meta, "kind": kind, "count": count, "width": width, "dtype": "float32", "also": sorted(also)}
+    meta = {**meta, "kind": kind, "total": count, "width": width, "dtype": "float32", "also": sorted(also)}
     if sparse_rows:
         meta |= {"pruning": pruning._asdict(), "entries": entries}
         say(f"inverting {entries:,} entries, {entries / count:,.1f} a vector")
-        held = _draft_index(draft, meta)
-        rows = vectors(held)
-        _write_inverted(draft, POSTINGS, rows)
-        _write_inverted(draft, PRUNED, lexical.prune(rows, pruning.items))
-    held = _draft_index(draft, meta)
+        rows = vectors(so_far(draft, meta))
+        write_sparse(draft, POSTINGS, lexical.invert(rows))
+        write_sparse(draft, PRUNED, lexical.invert(lexical.prune(rows, pruning.items)))
+    held = so_far(draft, meta)
     for name in also:
         say(f"building {name}")
         EXTRAS[name].build(vectors(held), draft.folder)
@@ -124,19 +122,22 @@ def told(measured: dict[str, float | None], backend: str = "") -> str:
     return f"recall@{AT} against exact search, measured on {measured['sample']} items of the index: {shown}" if asked else "exact"
 
 
-def _draft_index(draft: Draft, meta: dict[str, Any]) -> Index:
+def so_far(draft: Draft, meta: dict[str, Any]) -> Index:
+    """A draft to search in before it is whole."""
     return Index(draft.folder, 0, meta, {}, {name: draft.read(name) for name in draft.leaves()})
 
 
-def _append(draft: Draft, name: str, rows: sp.csr_array, before: int) -> None:
-    draft.append(f"{name}.data", rows.data)
-    draft.append(f"{name}.indices", rows.indices.astype(np.int32, copy=False))
-    draft.append(f"{name}.ends", rows.indptr[1:].astype(np.int64) + before)
+def append_sparse(draft: Draft, rows: sp.csr_array, before: int) -> int:
+    """Add vectors [b, V] to ROWS, which has `before` entries; the number of theirs."""
+    draft.append(f"{ROWS}.data", rows.data)
+    draft.append(f"{ROWS}.indices", rows.indices.astype(np.int32, copy=False))
+    draft.append(f"{ROWS}.ends", rows.indptr[1:].astype(np.int64) + before)
+    return rows.nnz
 
 
-def _write_inverted(draft: Draft, name: str, rows: sp.csr_array) -> None:
-    inverted = lexical.invert(rows)
-    for part, array in (("data", inverted.data), ("indices", inverted.indices)):
-        for start in range(0, max(len(array), 1), WORDS):
-            draft.append(f"{name}.{part}", array[start : start + WORDS].astype(np.float32 if part == "data" else np.int32, copy=False))
-    draft.append(f"{name}.ends", inverted.indptr[1:].astype(np.int64))
+def write_sparse(draft: Draft, name: str, array: sp.csr_array) -> None:
+    """Write POSTINGS or PRUNED as a whole."""
+    for part, values, dtype in (("data", array.data, np.float32), ("indices", array.indices, np.int32)):
+        for start in range(0, max(len(values), 1), WORDS):
+            draft.append(f"{name}.{part}", values[start : start + WORDS].astype(dtype, copy=False))
+    draft.append(f"{name}.ends", array.indptr[1:].astype(np.int64))

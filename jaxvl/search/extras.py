@@ -3,59 +3,58 @@
     seismic  lexical vectors: Bruch et al., Efficient Inverted Indexes for Approximate Retrieval over Learned Sparse Representations, SIGIR 2024
     faiss    dense vectors: a graph of neighbours, Malkov and Yashunin, Efficient and robust approximate nearest neighbor search using HNSW, 2018
 """
-from collections.abc import Callable
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 
+from jaxvl.progress import progress
 from jaxvl.search.lexical import ROWS, Hits, best, rescored
 
 LINKS, BUILD_WIDTH, SEARCH_WIDTH = 32, 200, 128  # of a node in the graph; nodes looked at to place one, and to answer a query
 QUERY_CUT, HEAP = 64, 0.7  # words of a query that Seismic follows; the share of the k-th score below which it passes over a block
 SEISMIC, FAISS = "seismic", "faiss.hnsw"  # files
+LIBRARIES = {"seismic": ("pyseismic-lsr", "seismic"), "faiss": ("faiss-cpu", "faiss")}  # package and module
 
 
 class Extra(NamedTuple):
-    """kind: of the index it belongs to. check() raises ValueError where the library is missing. build(vectors, folder) writes the structure;
-    open(vectors, folder) -> search(queries, k) -> Hits."""
+    """kind: of the index it belongs to. build(vectors, folder) writes the structure; open(vectors, folder) -> search(queries, k) -> Hits."""
 
     kind: str
-    check: Callable[[], Any]
     build: Callable[[Any, Path], None]
     open: Callable[[Any, Path], Callable[[Any, int], Hits]]
 
 
-def _module(name: str, package: str) -> Any:
-    import importlib
-
+def library(name: str) -> Any:
+    """The module of an extra. Raises ValueError where it is not installed."""
+    package, module = LIBRARIES[name]
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(module)
     except ImportError:
-        raise ValueError(f"{package} is not installed, which this backend is: pip install 'jaxvl[search]'") from None
-
-
-def _seismic() -> Any:
-    return _module("seismic", "pyseismic-lsr")
-
-
-def _faiss() -> Any:
-    return _module("faiss", "faiss-cpu")
+        raise ValueError(f"{package} is not installed, which the backend {name} is: pip install 'jaxvl[search]'") from None
 
 
 def _build_seismic(rows: sp.csr_array, folder: Path) -> None:
-    library = _seismic()
-    held = library.SeismicDataset()
-    ids = [str(i) for i in range(rows.shape[0])]
-    held.add_documents_by_id(ids, rows.indices.astype(np.int64), np.asarray(rows.data), rows.indptr.astype(np.int64))
-    library.SeismicIndex.build_from_dataset(held).save(str(folder / SEISMIC))
+    seismic = library("seismic")
+    held, kind = seismic.SeismicDataset(), seismic.get_seismic_string()
+    names = np.arange(rows.shape[1]).astype(kind)
+    for item in progress(range(rows.shape[0]), "handing vectors to seismic", unit="vectors"):
+        part = slice(rows.indptr[item], rows.indptr[item + 1])
+        held.add_document(str(item), names[rows.indices[part]], np.ascontiguousarray(rows.data[part]))
+    with _aside():
+        seismic.SeismicIndex.build_from_dataset(held).save(str(folder / SEISMIC))
 
 
 def _open_seismic(rows: sp.csr_array, folder: Path) -> Callable[[sp.csr_array, int], Hits]:
-    library = _seismic()
-    index = library.SeismicIndex.load(str(folder / f"{SEISMIC}.index.seismic"))
-    kind = library.get_seismic_string()
+    seismic = library("seismic")
+    index = seismic.SeismicIndex.load(str(folder / f"{SEISMIC}.index.seismic"))
+    kind = seismic.get_seismic_string()
 
     def search(queries: sp.csr_array, k: int) -> Hits:
         k = min(k, rows.shape[0])
@@ -71,18 +70,31 @@ def _open_seismic(rows: sp.csr_array, folder: Path) -> Callable[[sp.csr_array, i
     return search
 
 
+@contextmanager
+def _aside() -> Iterator[None]:
+    """What native code prints goes to standard error: standard output is for results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _build_faiss(rows: np.ndarray, folder: Path) -> None:
-    library = _faiss()
-    index = library.IndexHNSWFlat(rows.shape[1], LINKS, library.METRIC_INNER_PRODUCT)
+    faiss = library("faiss")
+    index = faiss.IndexHNSWFlat(rows.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = BUILD_WIDTH
     for start in range(0, len(rows), ROWS):
         index.add(np.ascontiguousarray(rows[start : start + ROWS]))
-    library.write_index(index, str(folder / FAISS))
+    faiss.write_index(index, str(folder / FAISS))
 
 
 def _open_faiss(rows: np.ndarray, folder: Path) -> Callable[[np.ndarray, int], Hits]:
-    library = _faiss()
-    index = library.read_index(str(folder / FAISS))
+    faiss = library("faiss")
+    index = faiss.read_index(str(folder / FAISS))
 
     def search(queries: np.ndarray, k: int) -> Hits:
         k = min(k, len(rows))
@@ -104,4 +116,4 @@ def again(found: np.ndarray, score: Callable[[int, np.ndarray], np.ndarray]) -> 
     return hits
 
 
-EXTRAS = {"seismic": Extra("lexical", _seismic, _build_seismic, _open_seismic), "faiss": Extra("dense", _faiss, _build_faiss, _open_faiss)}
+EXTRAS = {"seismic": Extra("lexical", _build_seismic, _open_seismic), "faiss": Extra("dense", _build_faiss, _open_faiss)}

@@ -28,7 +28,7 @@ class Index(NamedTuple):
 
     @property
     def total(self) -> int:
-        return self.meta["count"]
+        return self.meta["total"]
 
     @property
     def lexical(self) -> bool:

@@ -120,6 +120,20 @@ def test_shards(made, tmp_path, capsys):
     assert index.total == 10 and (np.diff(backends.vectors(index).indptr) == 3).all() and ".tar/" in index.name(9)
 
 
+def test_an_export_embeds_as_its_run_did(made, tmp_path, capsys):
+    assert cli.main(["export", str(made / "lexvla"), "--format", "safetensors", "--out", str(tmp_path / "model")]) == 0
+    assert cli.main(["search", "index", str(tmp_path / "model"), str(made / "pictures"), "--index", str(tmp_path / "index"), "--batch-size", "8"]) == 0
+    ours, theirs = (store.open_index(folder) for folder in (made / "lexvla.index", tmp_path / "index"))
+    np.testing.assert_allclose(backends.vectors(theirs).toarray(), backends.vectors(ours).toarray(), atol=1e-6)
+    capsys.readouterr()
+    assert cli.main(["search", "query", str(tmp_path / "index"), "--text", "dog", "--json"]) == 0
+    assert answer(capsys.readouterr().out)["hits"]
+    assert cli.main(["search", "index", str(tmp_path / "model"), str(made / "pictures"), "--index", str(tmp_path / "no"), "--step", "3"]) == 2
+    assert "an export, which has one set of weights" in capsys.readouterr().err
+    assert cli.main(["search", "index", str(made / "pictures"), str(made / "pictures"), "--index", str(tmp_path / "no")]) == 2
+    assert "has no config.json" in capsys.readouterr().err
+
+
 def test_another_run_or_lexicon_is_refused(made, tmp_path, capsys):
     """Other parameters, another step, and other words, each by name."""
     other = make_run(tmp_path / "other", LEXVLA, seed=1)
