@@ -50,8 +50,8 @@ class Program(NamedTuple):
 def program(parts: Parts, mesh: Mesh, steps: int) -> Program:
     """The step of a run of `steps` steps and the shapes and shardings it works on; makes no array."""
     recipe, method = parts.recipe, parts.method
-    key = jax.random.key(recipe.seed)
-    params_shape, _ = jax.eval_shape(lambda: method.init(key, parts.spec))
+    key = jax.eval_shape(lambda: jax.random.key(recipe.seed))  # of an absent mesh no device could hold one
+    params_shape, _ = jax.eval_shape(lambda key: method.init(key, parts.spec), key)
     check_constant(recipe.optim, params_shape, method.constant)
     tx = make_optimizer(recipe.optim, params_shape, steps)
 

@@ -103,6 +103,13 @@ def parser() -> argparse.ArgumentParser:
     layout.add_argument("--out", required=True, type=Path, help="a new folder")
     layout.add_argument("--scale", type=int, default=10_000, help="anserini: what weights are multiplied by before they are rounded")
 
+    plan = verbs.add_parser("plan", help="does a config fit on a topology, what does it send, how fast can it be", description="Any --config.KEY=VALUE overrides the config.")
+    plan.add_argument("--config", required=True, help="configs/x.py, or configs/x.py:argument")
+    plan.add_argument("--topology", required=True, help="v5e:16x16, v5p:4x4x4, v6e:16x16 (compiled for the absent TPU), cpu:8 (compiled for forced devices), h100:8 (a model from shapes)")
+    plan.add_argument("--compiles", type=int, default=3, help="at most so many; all but the first look for the largest batch that fits")
+    plan.add_argument("--limit", type=float, default=1800.0, help="seconds that one compilation may take")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
     bench = verbs.add_parser("bench", help="measure the input pipeline, the step, its terms, the loss or what a re-ranked pair costs; prints JSON")
     bench.add_argument("what", choices=("input", "step", "terms", "loss", "rerank", "proxies", "evaluation", "search"))
     bench.add_argument("--config", help="step, terms, rerank: the config to measure (default: a small built-in one)")
@@ -116,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [r.removeprefix("--config.") for r in rest if r.startswith("--config.") and "=" in r]
     if strange := [r for r in rest if not (r.startswith("--config.") and "=" in r)]:
         parser().error(f"unrecognized arguments: {' '.join(strange)} (overrides are written --config.KEY=VALUE)")
-    if overrides and known.verb not in ("train", "eval", "export", "sweep", "bench") and (known.verb, getattr(known, "action", "")) != ("search", "index"):
+    if overrides and known.verb not in ("train", "eval", "export", "sweep", "plan", "bench") and (known.verb, getattr(known, "action", "")) != ("search", "index"):
         parser().error(f"{known.verb} takes no --config overrides")
     try:
         return RUN[known.verb](known, overrides)
@@ -222,13 +229,19 @@ def _search(args: argparse.Namespace, overrides: list[str]) -> int:
                       active=args.active, pruning=build.Pruning(*args.pruned), also=args.also)  # fmt: skip
 
 
+def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
+    from jaxvl.plan import command
+
+    return command.main(args.config, overrides, args.topology, compiles=args.compiles, limit=args.limit, json=args.json)
+
+
 def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
     import importlib
 
     return importlib.import_module(f"jaxvl.bench.{args.what}").main(args.config, overrides, rounds=args.rounds)
 
 
-RUN = {"train": _train, "eval": _eval, "import": _import, "export": _export, "report": _report, "sweep": _sweep, "data": _data, "search": _search, "bench": _bench}
+RUN = {"train": _train, "eval": _eval, "import": _import, "export": _export, "report": _report, "sweep": _sweep, "data": _data, "search": _search, "plan": _plan, "bench": _bench}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -27,18 +27,23 @@ class ShardingError(ValueError):
     """A leaf that no rule matches or that does not divide; names leaf, dimension and axis."""
 
 
+def sizes(options: MeshOptions, devices: int) -> tuple[int, ...]:
+    """The sizes of the three axes over so many devices. Raises ValueError where they do not multiply to that number."""
+    found = list(options)
+    if any(s != -1 and s < 1 for s in found) or found.count(-1) > 1:
+        raise ValueError(f"config.mesh is {options._asdict()}; sizes must be positive, and at most one of them -1")
+    fixed = int(np.prod([s for s in found if s != -1]))
+    if -1 in found:
+        found[found.index(-1)] = devices // fixed
+    if int(np.prod(found)) != devices:
+        raise ValueError(f"config.mesh is {options._asdict()}, which does not fill {devices} devices: {fixed} must divide that number")
+    return tuple(found)
+
+
 def make_mesh(options: MeshOptions, devices: Sequence[Any] | None = None) -> Mesh:
     """The ("data", "fsdp", "tensor") mesh over all devices. Raises ValueError where the sizes do not multiply to their number."""
     devices = list(jax.devices() if devices is None else devices)
-    sizes = list(options)
-    if any(s != -1 and s < 1 for s in sizes) or sizes.count(-1) > 1:
-        raise ValueError(f"config.mesh is {options._asdict()}; sizes must be positive, and at most one of them -1")
-    fixed = int(np.prod([s for s in sizes if s != -1]))
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // fixed
-    if int(np.prod(sizes)) != len(devices):
-        raise ValueError(f"config.mesh is {options._asdict()}, which does not fill {len(devices)} devices: {fixed} must divide that number")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(sizes(options, len(devices)), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def path_str(path: Any) -> str:
