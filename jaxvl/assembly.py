@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
 
 from jaxvl import checkpoint, config as configs, evals, facts
 from jaxvl.data import lexicon
@@ -47,7 +47,7 @@ class Program(NamedTuple):
     out_shardings: tuple[TrainState, NamedSharding]
 
 
-def program(parts: Parts, mesh: Mesh, steps: int) -> Program:
+def program(parts: Parts, mesh: Mesh | AbstractMesh, steps: int) -> Program:
     """The step of a run of `steps` steps and the shapes and shardings it works on; makes no array."""
     recipe, method = parts.recipe, parts.method
     key = jax.eval_shape(lambda: jax.random.key(recipe.seed))  # of an absent mesh no device could hold one

@@ -104,11 +104,13 @@ def parser() -> argparse.ArgumentParser:
     layout.add_argument("--scale", type=int, default=10_000, help="anserini: what weights are multiplied by before they are rounded")
 
     plan = verbs.add_parser("plan", help="does a config fit on a topology, what does it send, how fast can it be", description="Any --config.KEY=VALUE overrides the config.")
-    plan.add_argument("--config", required=True, help="configs/x.py, or configs/x.py:argument")
-    plan.add_argument("--topology", required=True, help="v5e:16x16, v5p:4x4x4, v6e:16x16 (compiled for the absent TPU), cpu:8 (compiled for forced devices), h100:8 (a model from shapes)")
+    plan.add_argument("--config", help="configs/x.py, or configs/x.py:argument")
+    plan.add_argument("--topology", help="v5e:16x16, v5p:4x4x4, v6e:16x16 (compiled for the absent TPU), cpu:8 (compiled for forced devices), h100:8 (a model from shapes)")
     plan.add_argument("--compiles", type=int, default=3, help="at most so many; all but the first look for the largest batch that fits")
     plan.add_argument("--limit", type=float, default=1800.0, help="seconds that one compilation may take")
+    plan.add_argument("--estimate", action="store_true", help="model memory and collectives from shapes; nothing is compiled")
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    plan.add_argument("--table", type=Path, metavar="DIR", help="the large recipes on 8, 64 and 256 chips as a Markdown table; DIR keeps their plans")
 
     bench = verbs.add_parser("bench", help="measure the input pipeline, the step, its terms, the loss or what a re-ranked pair costs; prints JSON")
     bench.add_argument("what", choices=("input", "step", "terms", "loss", "rerank", "proxies", "evaluation", "search"))
@@ -232,7 +234,9 @@ def _search(args: argparse.Namespace, overrides: list[str]) -> int:
 def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
     from jaxvl.plan import command
 
-    return command.main(args.config, overrides, args.topology, compiles=args.compiles, limit=args.limit, json=args.json)
+    if args.table:
+        return command.table(args.table, limit=args.limit, estimate=args.estimate)
+    return command.main(args.config, overrides, args.topology, compiles=args.compiles, limit=args.limit, estimate=args.estimate, json=args.json)
 
 
 def _bench(args: argparse.Namespace, overrides: list[str]) -> int:

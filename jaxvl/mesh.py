@@ -2,14 +2,17 @@
 
 `data` splits the batch, `fsdp` splits the batch and the parameters, `tensor` splits parameters inside a layer.
 """
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 
+log = logging.getLogger(__name__)
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))  # the batch axis is split over both, and replicated over `tensor`
 Rules = Sequence[tuple[str, P]]
@@ -43,7 +46,13 @@ def sizes(options: MeshOptions, devices: int) -> tuple[int, ...]:
 def make_mesh(options: MeshOptions, devices: Sequence[Any] | None = None) -> Mesh:
     """The ("data", "fsdp", "tensor") mesh over all devices. Raises ValueError where the sizes do not multiply to their number."""
     devices = list(jax.devices() if devices is None else devices)
-    return jax.make_mesh(sizes(options, len(devices)), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    shape, types = sizes(options, len(devices)), (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:
+        # A TPU torus such as 4x4x4 has no axes whose product is 8; one is cut, and a ring over it does not close.
+        log.warning("mesh %s does not follow the axes of the TPU torus, so its collectives are slower than sizes that do", dict(zip(AXES, shape, strict=True)))
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES, axis_types=types)
 
 
 def path_str(path: Any) -> str:
@@ -51,7 +60,7 @@ def path_str(path: Any) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+def shardings(tree: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
     """NamedSharding of every leaf of `tree` (arrays or shapes): the first rule whose pattern is found in its path.
 
     Raises ShardingError listing every leaf that matches no rule or whose dimension the axis sizes do not divide.

@@ -15,7 +15,7 @@ from jaxvl.plan.shapes import Layout, Planned
 CLOSE = 1.03  # the largest batch is known well enough where the next that was tried is this much larger
 
 
-TRACES = 3  # of the model from shapes, for the time of one compilation
+TRACES = 2  # of the model from shapes, for the time of one compilation
 
 
 class Batch(NamedTuple):
@@ -70,10 +70,12 @@ class Asked(NamedTuple):
     source: str
     seconds: dict[str, float]
     exceeded: int = 0
+    notes: tuple[str, ...] = ()
 
 
-def make(config: ConfigDict, name: str, topology: Topology, *, compiles: int, limit: float) -> Plan:
-    """The plan of a complete config for a topology, with at most `compiles` compilations of at most `limit` seconds each.
+def make(config: ConfigDict, name: str, topology: Topology, *, compiles: int, limit: float, estimate: bool = False) -> Plan:
+    """The plan of a complete config for a topology, with at most `compiles` compilations of at most `limit` seconds each; the first is that of the config,
+    the others look for the largest batch. estimate: take the model from shapes also where a compiler could be asked.
 
     Raises ValueError for a config, mesh or batch that cannot run there, and for a compiler that is not here, dies or hangs.
     """
@@ -83,20 +85,29 @@ def make(config: ConfigDict, name: str, topology: Topology, *, compiles: int, li
     plan, mesh = shapes.planned(recipe), shapes.abstract(recipe.mesh, topology.devices)
     shapes.check_batch(recipe.train.batch_size, mesh, recipe.train.accumulate)
     program = assembly.program(plan.parts, mesh, plan.steps)
-    gpu = topology.chip.node > 0
-    ask = _modelled(plan, mesh) if gpu else _compiled(config, topology, limit)
+    estimate = estimate or topology.chip.node > 0
+    ask = _modelled(plan, mesh) if estimate else _compiled(config, topology, limit)
     found = ask(recipe.train.batch_size)
-    held = shapes.held(program)
-    tried = search(ask, recipe.train.batch_size, found.total, sum(held.values()) - held["batch"], topology.chip.hbm, step(recipe, mesh), compiles * (TRACES if gpu else 1)) if topology.chip.hbm else None
-    temporary = found.temporary or found.exceeded - sum(held.values())
+    made = of(name, topology, plan, program, mesh, found)
+    if topology.chip.hbm and compiles > 1:
+        state = sum(size for group, size in made.held.items() if group != "batch")
+        most = compiles * (TRACES if estimate else 1)
+        made = made._replace(batch=search(ask, made.batch_size, made.total, state, topology.chip.hbm, step(recipe, mesh), most))
+    return made._replace(layouts=tuple(shapes.layouts(plan, topology.devices)))
+
+
+def of(name: str, topology: Topology, plan: Planned, program: assembly.Program, mesh: Any, found: Asked) -> Plan:
+    """The plan of a step of which the compiler, or the model, has said what `found` holds."""
+    recipe, held = plan.parts.recipe, shapes.held(program)
+    temporary = found.exceeded - sum(held.values()) if found.exceeded else found.temporary
     flops = 3 * plan.parts.method.flops(plan.parts.spec) * recipe.train.batch_size
-    moved = found.collectives or (tuple(shapes.exchanged(plan, program, mesh)) if found.exceeded else ())
-    notes = [*plan.notes, *(["the compiler gave up, since memory does not suffice: collectives are estimated from shapes"] if found.exceeded else [])]
+    moved = tuple(shapes.exchanged(plan, program, mesh)) if found.exceeded else found.collectives
+    notes = [*plan.notes, *found.notes, *(["the compiler gave up, since memory does not suffice: collectives are estimated from shapes"] if found.exceeded else [])]
     return Plan(
         config=name, topology=topology.name, mesh=dict(mesh.shape), batch_size=recipe.train.batch_size, accumulate=recipe.train.accumulate, source=found.source,
         held=held, temporary=temporary, other=found.total - temporary - sum(held.values()), total=found.total, hbm=topology.chip.hbm, collectives=moved, flops=flops,
         parameters=sum(math.prod(p.shape) for p in jax.tree.leaves(program.state.params)), compute_s=flops / topology.devices / topology.chip.peak if topology.chip.peak else None,
-        send_s=send_seconds(moved, topology), seconds=found.seconds, batch=tried, layouts=tuple(shapes.layouts(plan, topology.devices)), notes=tuple(notes),
+        send_s=send_seconds(moved, topology), seconds=found.seconds, batch=None, layouts=(), notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -106,7 +117,7 @@ def _compiled(config: ConfigDict, topology: Topology, limit: float) -> Callable[
         given.train.batch_size = batch_size
         found = outside.compile_for(given.to_dict(), topology, limit=limit)
         where = "ahead of time for the absent TPU" if topology.chip.libtpu else "for forced CPU devices"
-        return Asked(found.total, found.temporary, found.collectives, f"compiled {where} by {found.compiler}", found.seconds, found.exceeded)
+        return Asked(found.total, found.temporary, found.collectives, f"compiled {where} by {found.compiler}", found.seconds, found.exceeded, found.notes)
 
     return ask
 

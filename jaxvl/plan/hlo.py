@@ -19,14 +19,14 @@ BITS = {"pred": 8, "token": 0, "c64": 64, "c128": 128}  # of what does not carry
 class Collective(NamedTuple):
     """One kind of transfer among one kind of group, all of its instructions together.
 
-    axes: of the mesh, that a group spans. devices: in a group. count: how often a step. bytes: of the whole arrays a step, on each device. sent: that a
+    axes: of the mesh, that a group spans. devices: in a group. times: how often a step. bytes: of the whole arrays a step, on each device. sent: that a
     device must send a step, the least that a ring needs. sure: False for what not every step does, once of which is counted.
     """
 
     kind: str
     axes: tuple[str, ...]
     devices: int
-    count: int
+    times: int
     bytes: int
     sent: int
     sure: bool = True
@@ -47,7 +47,7 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
     """Of the program of `text` (Compiled.as_text()) on a mesh of these axis sizes in order. Raises ValueError for text that is no HLO module."""
     computations, entry = parse(text)
     types = {i.name: i.type for body in computations.values() for i in body}
-    found: dict[tuple, list[int]] = defaultdict(lambda: [0, 0, 0])
+    found: dict[tuple, list[float]] = defaultdict(lambda: [0, 0, 0])
     for instruction, kind, times, sure in _run(computations, entry, 1, True):
         groups, together = _groups(instruction, mesh)
         n = len(groups[0]) if together else 2
@@ -57,7 +57,7 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
         total = found[kind, _axes(groups, mesh), n if together else len({d for pair in groups for d in pair}), sure]
         for i, value in enumerate((times, times * whole, times * whole * share)):
             total[i] += value
-    rows = [Collective(*key[:3], count, round(size), round(sent), key[3]) for key, (count, size, sent) in found.items() if key[2] > 1]
+    rows = [Collective(kind, axes, n, int(count), round(size), round(sent), sure) for (kind, axes, n, sure), (count, size, sent) in found.items() if n > 1]
     return sorted(rows, key=lambda c: (not c.sure, -c.sent))
 
 
@@ -165,12 +165,12 @@ def _groups(i: Instruction, mesh: dict[str, int]) -> tuple[list[list[int]], bool
         ids = np.arange(math.prod(source or ())).reshape(source or ())
         return (ids.transpose(order) if order else ids).reshape(shape or ()).tolist(), True
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", i.attributes):
-        shape = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        known = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
         inside = [part.strip().strip("'") for part in named[2].split(",")]
-        if set(inside) <= set(shape):  # an axis may also be cut in parts, which nothing here asks for
-            order = [k for k, axis in enumerate(shape) if axis not in inside] + [list(shape).index(axis) for axis in inside]
-            n = math.prod(shape[axis] for axis in inside)
-            return np.arange(math.prod(shape.values())).reshape(tuple(shape.values())).transpose(order).reshape(-1, n).tolist(), True
+        if set(inside) <= set(known):  # an axis may also be cut in parts, which nothing here asks for
+            axes = [k for k, axis in enumerate(known) if axis not in inside] + [list(known).index(axis) for axis in inside]
+            n = math.prod(known[axis] for axis in inside)
+            return np.arange(math.prod(known.values())).reshape(tuple(known.values())).transpose(axes).reshape(-1, n).tolist(), True
     listed = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", i.attributes)
     if listed is None:
         raise ValueError(f"a {i.opcode} of the compiled program names its devices in a way that is not known here: {i.attributes[:200]}")

@@ -7,6 +7,7 @@ is that process. TPUs are described to libtpu by name; CPU devices are forced.
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import re
 import subprocess
@@ -27,7 +28,7 @@ class Compiled(NamedTuple):
     """What the compiler said of a step. Bytes on each device; output counts what is not in the place of an argument.
 
     exceeded: what the compiler says that the program would take where it gave up because that is more than there is; then the parts are 0.
-    seconds: of wall time, by phase. compiler: its name and version.
+    seconds: of wall time, by phase. compiler: its name and version. notes: what was warned of on the way.
     """
 
     argument: int
@@ -38,6 +39,7 @@ class Compiled(NamedTuple):
     seconds: dict[str, float]
     compiler: str
     exceeded: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -66,6 +68,7 @@ def compile_for(config: dict[str, Any], topology: Topology, *, limit: float) -> 
         found = json.loads(result.read_text())
     if "error" in found:
         raise ValueError(found["error"])
+    found["notes"] = tuple(found["notes"])
     found["collectives"] = tuple(Collective(**{**c, "axes": tuple(c["axes"])}) for c in found["collectives"])
     return Compiled(**found)
 
@@ -84,6 +87,10 @@ def _environment(topology: Topology) -> dict[str, str]:
 def main(config: str, name: str, result: str) -> None:
     """The process itself: writes what `Compiled` holds, or {"error": message}, to `result`."""
     begin = time.perf_counter()
+    warned: list[str] = []
+    heard = logging.Handler(logging.WARNING)
+    heard.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("jaxvl").addHandler(heard)
     import jax
 
     from jaxvl import assembly, config as configs
@@ -119,10 +126,10 @@ def main(config: str, name: str, result: str) -> None:
             else:
                 memory: Any = compiled.memory_analysis()
                 seconds["compile"] = time.perf_counter() - traced
-                moved = tuple(hlo.collectives(compiled.as_text(), dict(mesh.shape)))
+                moved = tuple(hlo.collectives(compiled.as_text() or "", dict(mesh.shape)))
                 body = Compiled(memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes, memory.temp_size_in_bytes,
                                 memory.generated_code_size_in_bytes, moved, seconds, compiler)  # fmt: skip
-        said = {**body._asdict(), "collectives": [c._asdict() for c in body.collectives]}
+        said = {**body._asdict(), "notes": warned, "collectives": [c._asdict() for c in body.collectives]}
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
         said = {"error": f"--topology={name}: {str(error)[:4000]}" if isinstance(error, jax.errors.JaxRuntimeError) else str(error)}
     Path(result).write_text(json.dumps(said))

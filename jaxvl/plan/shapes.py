@@ -97,7 +97,7 @@ def exchanged(plan: Planned, program: Program, mesh: Mesh | AbstractMesh) -> lis
         n = math.prod(mesh.shape[a] for a in axes)
         if n > 1:
             before = rows.get((kind, axes), Collective(kind, axes, n, 0, 0, 0))
-            rows[kind, axes] = before._replace(count=before.count + count, bytes=before.bytes + count * size, sent=before.sent + round(count * size * share * (n - 1) / n))
+            rows[kind, axes] = before._replace(times=before.times + count, bytes=before.bytes + count * size, sent=before.sent + round(count * size * share * (n - 1) / n))
 
     for leaf, hold in zip(jax.tree.leaves(program.state.params), jax.tree.leaves(still), strict=True):
         split = {axis for part in leaf.sharding.spec for axis in ((part,) if isinstance(part, str) else part or ())}

@@ -1,5 +1,5 @@
 """A plan as a person reads it, and as JSON."""
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxvl.plan import fit
@@ -38,16 +38,16 @@ def lines(plan: Plan) -> Iterable[str]:
     yield from _aligned([(name, size_text(size)) for name, size in rows if size] + [("total", size_text(plan.total))])
     yield f"  {verdict(plan)}"
     if plan.batch:
-        sure = "the next that was tried does not" if plan.batch.sure else "no larger one was tried; more --compiles may find it"
+        end = "the next that was tried does not" if plan.batch.sure else "no larger one was tried; more --compiles may find it"
         tried = ", ".join(f"{size:,}: {size_text(total)}" for size, total in sorted(plan.batch.tried.items()))
-        yield f"  largest batch that fits: {plan.batch.largest:,} ({sure})" if plan.batch.largest else "  no batch that was tried fits; fewer rows may"
+        yield f"  largest batch that fits: {plan.batch.largest:,} ({end})" if plan.batch.largest else "  no batch that was tried fits; fewer rows may"
         yield f"  tried: {tried}"
     yield ""
     yield "collectives of a step, on each device"
     sure = [c for c in plan.collectives if c.sure]
     yield from _aligned([("kind", "over", "devices", "times", "bytes", "sent")] + [
-        (c.kind + ("" if c.sure else " (not in every step)"), "*".join(c.axes), str(c.devices), f"{c.count:,}", size_text(c.bytes), size_text(c.sent)) for c in plan.collectives
-    ] if plan.collectives else [("none",)])  # fmt: skip
+        (c.kind + ("" if c.sure else " (not in every step)"), "*".join(c.axes), str(c.devices), f"{c.times:,}", size_text(c.bytes), size_text(c.sent)) for c in plan.collectives
+    ])  # fmt: skip
     yield ""
     yield f"{plan.flops:.3g} FLOPs a step, {plan.flops / plan.batch_size:.3g} a sample; {size_text(sum(c.sent for c in sure))} sent by each device"
     if bounds := fit.mfu_bounds(plan):
@@ -83,7 +83,7 @@ def size_text(size: int) -> str:
 _UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> Iterable[str]:
+def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         yield "  " + "  ".join(text.ljust(w) if i == 0 or (len(row) > 2 and i == 1) else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))).rstrip()

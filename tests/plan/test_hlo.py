@@ -35,7 +35,7 @@ def test_an_all_reduce_in_a_scan_counts_as_often_as_it_runs():
 def test_nested_loops_multiply():
     f = scanned(scanned(lambda x: jnp.sin(lax.psum(x, ("data", "fsdp")))))
     (found,) = hlo.collectives(*compiled(f, P(), P(), (ROWS, WIDTH)))
-    assert (found.axes, found.devices, found.count, found.bytes) == (("data", "fsdp"), 8, LENGTH**2, LENGTH**2 * ROWS * WIDTH * 4)
+    assert (found.axes, found.devices, found.times, found.bytes) == (("data", "fsdp"), 8, LENGTH**2, LENGTH**2 * ROWS * WIDTH * 4)
 
 
 @pytest.mark.parametrize(
@@ -59,14 +59,14 @@ def test_what_only_one_branch_does_is_told_apart():
         return lax.cond(x[0, 0] > 0, rare, lambda x: x * 2, lax.psum(x, "data"))
 
     always, rare = hlo.collectives(*compiled(f, P(), P(), (ROWS, WIDTH)))
-    assert (always.axes, always.count, always.sure) == (("data",), 1, True)
-    assert (rare.axes, rare.count, rare.sure) == (("fsdp",), 3, False)
+    assert (always.axes, always.times, always.sure) == (("data",), 1, True)
+    assert (rare.axes, rare.times, rare.sure) == (("fsdp",), 3, False)
 
 
 def test_a_loop_of_unknown_length_counts_once_and_is_told_apart():
     f = lambda x: lax.while_loop(lambda x: jnp.sum(x) < 5, lambda x: lax.psum(x, "data"), x)
     (found,) = hlo.collectives(*compiled(f, P(), P(), (ROWS, WIDTH)))
-    assert (found.count, found.sure) == (1, False)
+    assert (found.times, found.sure) == (1, False)
 
 
 TPU = """HloModule jit_f, is_scheduled=true, num_partitions=8
