@@ -23,12 +23,13 @@ def save(workdir: Path, parts: Parts, program: Program, step: Compiled, mesh: Me
         return
     device, notes = jax.local_devices()[0], []
     topology = chips.here(device.device_kind, mesh.size, (device.memory_stats() or {}).get("bytes_limit", 0))
-    memory: Any = step.memory_analysis()
+    memory: Any = None
     moved: tuple[hlo.Collective, ...] = ()
     try:
+        memory = step.memory_analysis()
         moved = tuple(hlo.collectives(step.as_text() or "", dict(mesh.shape)))
-    except ValueError as error:
-        notes.append(f"collectives are not known: {error}")
+    except Exception as error:  # whatever a compiler's text holds, training does not depend on it
+        notes.append(f"the program could not be read: {type(error).__name__}: {error}")
     if memory is None:
         notes.append("this compiler does not tell what memory a program needs")
         asked = fit.Asked(sum(shapes.held(program).values()), 0, moved, "shapes of the state alone", {})

@@ -1,5 +1,6 @@
 """The plan that is kept with a run, and the table of the large recipes."""
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -36,6 +37,18 @@ def test_a_runs_own_program_is_kept_with_it(tmp_path):
     assert found["topology"] == "cpu:8" and found["source"] == "the run's own program" and found["fits"] is None
     assert found["held"] == shapes.held(run) and found["held"]["opt_state"] > 1.9 * found["held"]["params"]
     assert found["total"] == sum(found["held"].values()) + found["temporary"] + found["other"]
+
+
+def test_a_program_that_cannot_be_read_stops_no_run(tmp_path):
+    recipe = configs.read(configs.load(QUICK, ["train.batch_size=8", "image.depth=1", "tokenizer.vocab_size=512"]))
+    mesh = make_mesh(recipe.mesh)
+    with jax.set_mesh(mesh):
+        parts = shapes.planned(recipe).parts
+        run = program(parts, mesh, 900)
+        record.save(tmp_path, parts, run, SimpleNamespace(memory_analysis=lambda: None, as_text=lambda: "%x = gibberish("), mesh, 900)
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["total"] == sum(found["held"].values()) and found["source"] == "shapes of the state alone"
+    assert any("could not be read" in note for note in found["notes"])
 
 
 def test_the_table_reads_again_what_it_has_and_tells_where_a_number_is_from(tmp_path, monkeypatch):
