@@ -31,8 +31,8 @@ from jaxvl.search.store import drafting, finish
 TOTAL, WORDS, ACTIVE, WIDTH, QUERIES = 100_000, 17_182, 296, 512, 100
 TOPICS, OFFSET = 1000, 100  # use of word r: 1 / (r + OFFSET), by which the most used is in about half of the vectors
 BATCH = 10_000
-SLOW = 10  # queries asked of what takes seconds each
-DEVICE_BYTES = 2 << 30  # of lexical vectors held as dense ones, where that is not accelerator memory
+SLOW = 5  # queries asked of what takes seconds each
+DEVICE_BYTES = 1 << 30  # of lexical vectors held as dense ones, where that is not accelerator memory
 
 
 def main(config: str | None, overrides: Sequence[str], *, rounds: int) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 
 NONE = -1  # the id of a hit that was not found
-ROWS = 4096  # of a block of vectors
+ROWS = 4096  # of a block of vectors; at most 2^15
 
 
 class Hits(NamedTuple):
@@ -94,8 +94,9 @@ def _prune(rows: sp.csr_array, k: int) -> sp.csr_array:
     lengths = np.diff(rows.indptr)
     if not len(lengths) or lengths.max() <= k:
         return rows
-    row = np.repeat(np.arange(len(lengths)), lengths)
-    order = np.lexsort((rows.indices, -rows.data, row))
+    row = np.repeat(np.arange(len(lengths), dtype=np.int16), lengths)  # of numbers of 16 bits numpy's stable sort is by radix
+    falling = np.argsort(-rows.data, kind="stable")  # entries come in the order of their words, so that equal ones stay in it
+    order = falling[np.argsort(row[falling], kind="stable")]
     keep = np.zeros(rows.nnz, bool)
     keep[order[np.arange(rows.nnz) - rows.indptr[row] < k]] = True
     ends = np.append(0, np.cumsum(np.minimum(lengths, k)))
