@@ -1,8 +1,9 @@
 """What a person watches while a run goes, and reads when it is over. The faces; each module here does one thing."""
 from jaxvl.progress import progress, say
 from jaxvl.report.clock import process_age
-from jaxvl.report.log import LogOptions, RunLog, check, open_log
+from jaxvl.report.log import RunLog, open_log
 from jaxvl.report.metrics import read_metrics
+from jaxvl.report.options import LogOptions, check
 from jaxvl.report.page import write_report
 from jaxvl.report.summary import last_line, print_values
 

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 from jaxvl.gallery import Gallery
 from jaxvl.progress import Bar, duration, progress, say, silence
 from jaxvl.report import clock, goodput, metrics, samples, summary
+from jaxvl.report.options import LogOptions, check
 from jaxvl.report.page import save_galleries, write_report
 from jaxvl.report.peers import Board, Peers
 from jaxvl.report.watchdog import Watchdog
@@ -41,44 +42,6 @@ from jaxvl.report.window import Plan, Window
 IN_FLIGHT = (
     4  # steps the host may be ahead: enough to hide its jitter, few enough that waiting batches stay small in memory
 )
-
-
-class LogOptions(NamedTuple):
-    """What is logged, how often, and when silence is suspicious.
-
-    every: steps between lines of metrics.jsonl, TensorBoard, W&B and plain output; floats are averaged in between.
-    wandb: W&B project, "" for none. peak_flops: dense FLOP/s of one device for the MFU, 0 to look the device up.
-    watchdog: stacks are dumped after this many times the median length of a step (or of an evaluation, ...), but not
-    before watchdog_floor seconds; 0 for never. html: write report.html at the end. samples: note the ids of the samples
-    of every step in report/samples-<process>.jsonl (see report/samples.py).
-    """
-
-    every: int = 50
-    tensorboard: bool = True
-    wandb: str = ""
-    peak_flops: float = 0.0
-    watchdog: float = 10.0
-    watchdog_floor: float = 300.0
-    html: bool = True
-    samples: bool = False
-
-
-def check(options: LogOptions) -> LogOptions:
-    """`options`, unchanged. Raises ValueError naming the key, its value and what would be right."""
-    rules = (
-        ("every", options.every >= 1, "at least 1 step"),
-        ("peak_flops", options.peak_flops >= 0, "FLOP/s of one device, or 0 to look the device up"),
-        (
-            "watchdog",
-            options.watchdog == 0 or options.watchdog > 1,
-            "above 1 (times the median step), or 0 for no watchdog",
-        ),
-        ("watchdog_floor", options.watchdog_floor > 0, "above 0 seconds"),
-    )
-    for key, good, right in rules:
-        if not good:
-            raise ValueError(f"config.log.{key} is {getattr(options, key)!r}; it must be {right}")
-    return options
 
 
 class _Step(NamedTuple):
