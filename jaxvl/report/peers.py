@@ -122,11 +122,13 @@ class Slow:
 
 
 def behind(before: Mapping[int, Post], now: Mapping[int, Post], processes: int) -> str:
-    """Which processes the rest waits for, out of the posts of two looks: those that post no more, else those of the lowest step, else those that do not compute."""
+    """Which processes the rest waits for, out of the posts of two looks: those that post no more, else those that never have, else those of the lowest step, else those that do not compute."""
     name = lambda p: f"process {p} on {now[p].host}" if p in now else f"process {p}"
-    silent = [p for p in range(processes) if p not in now or (p in before and before[p].beat == now[p].beat)]
+    silent = [p for p in range(processes) if p in now and p in before and before[p].beat == now[p].beat]
     if silent:
-        return "the others wait for " + ", ".join(f"{name(p)}, which has stopped telling what it does" + (f" (step {now[p].step:,}, {now[p].phase})" if p in now else "") for p in silent)
+        return "the others wait for " + ", ".join(f"{name(p)}, which has stopped telling what it does (step {now[p].step:,}, {now[p].phase})" for p in silent)
+    if absent := [p for p in range(processes) if p not in now]:
+        return "the others wait for " + ", ".join(f"{name(p)}, which has not begun its loop" for p in absent)
     last = min(post.step for post in now.values())
     late = [p for p, post in now.items() if post.step == last]
     late = [p for p in late if now[p].phase != "compute"] or late

@@ -44,7 +44,7 @@ def test_who_is_waited_for():
     assert behind(fresh(7), stuck, 3) == "the others wait for process 1 on h1 (after step 39, in data for 5:12)"
     assert behind(fresh(7), {**fresh(9), 2: post(9, 40, phase="checkpoint", lasted=60, host="h2")}, 3).startswith("the others wait for process 2 on h2 (after step 40, in checkpoint")
     assert behind(fresh(7), {**fresh(9), 1: post(7, 39, host="h1")}, 3) == "the others wait for process 1 on h1, which has stopped telling what it does (step 39, compute)"
-    assert behind({}, fresh(1), 4) == "the others wait for process 3, which has stopped telling what it does"
+    assert behind({}, fresh(1), 4) == "the others wait for process 3, which has not begun its loop"
     assert behind(fresh(7), fresh(9), 3) == "all 3 processes are at step 40, in compute"
 
 
