@@ -11,6 +11,7 @@ well, and every logged number and every bit of the last state must be the same.
 import argparse
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -171,9 +172,9 @@ def resumed(soak: Soak, mark: int) -> bool:
 
 
 def first_step(said: str) -> int:
-    """The step at which the last start continued; -1 where there was none."""
-    _, found, rest = said.rpartition("continuing at step ")
-    return int(rest.split()[0]) if found else -1
+    """The step at which the last start went on, 0 where there was no checkpoint yet; -1 where there was no start."""
+    found = re.findall(r"(?:continuing|starting) at step (\d+)", said)
+    return int(found[-1]) if found else -1
 
 
 def last_step(workdir: Path) -> int:

@@ -64,7 +64,7 @@ def test_every_fault_loses_nothing(tmp_path, processes):
     soak = Soak(workdir, processes, list(LONG), grace=5)
     try:
         soak.start()
-        until(lambda: last_step(workdir) > 12, lambda: soak.said(0))
+        until(lambda: whole_steps(soak.disk) and last_step(workdir) > 12, lambda: soak.said(0))
         for name in faults:
             struck: Struck = strike(soak, name, rng)
             row(processes, struck.fault, struck.noticed, struck.resumed)
@@ -225,7 +225,7 @@ def test_the_network_between_two_hosts_is_cut(network, tmp_path):
             launchers.append(subprocess.Popen([*inside[i], sys.executable, "-m", "jaxvl.group", "--processes=1", "--grace=5", "--pause=20", "--", *train], env=env, stdout=out, stderr=subprocess.STDOUT))
     texts = lambda: "\n".join(out.read_text()[-3000:] for out in outs)
     try:
-        until(lambda: last_step(workdir) > 12, texts)
+        until(lambda: whole_steps(workdir / "checkpoints") and last_step(workdir) > 12, texts)
         mark, begin, noticed = outs[0].stat().st_size, time.monotonic(), {}
         cut()
         while len(noticed) < 2:
