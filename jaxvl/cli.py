@@ -42,6 +42,12 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, help="which checkpoint (default: the newest whole one)")
     export.add_argument("--ema", action="store_true", help="export the averaged parameters")
 
+    words = verbs.add_parser("words", help="write a page of the words that a lexical model sees in held-out images", description="Any --config.evals.KEY=VALUE overrides the run's config.")
+    words.add_argument("workdir", type=Path, help="of the run")
+    words.add_argument("--images", type=int, default=60, help="how many to show")
+    words.add_argument("--step", type=int, help="which checkpoint (default: the newest whole one)")
+    words.add_argument("--ema", action="store_true", help="show the averaged parameters")
+
     report = verbs.add_parser("report", help="write a run's report.html anew")
     report.add_argument("workdir", type=Path)
 
@@ -125,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [r.removeprefix("--config.") for r in rest if r.startswith("--config.") and "=" in r]
     if strange := [r for r in rest if not (r.startswith("--config.") and "=" in r)]:
         parser().error(f"unrecognized arguments: {' '.join(strange)} (overrides are written --config.KEY=VALUE)")
-    if overrides and known.verb not in ("train", "eval", "export", "sweep", "plan", "bench") and (known.verb, getattr(known, "action", "")) != ("search", "index"):
+    if overrides and known.verb not in ("train", "eval", "export", "words", "sweep", "plan", "bench") and (known.verb, getattr(known, "action", "")) != ("search", "index"):
         parser().error(f"{known.verb} takes no --config overrides")
     try:
         return RUN[known.verb](known, overrides)
@@ -184,6 +190,13 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> int:
     parts = assembly.build(recipe, args.workdir, None)
     memory = assembly.read_memory(parts, args.workdir, step=args.step) if args.format == "albef" else None
     return export.run(parts, assembly.read_params(parts, args.workdir, None, step=args.step, ema=args.ema), args.format, args.out, memory)
+
+
+def _words(args: argparse.Namespace, overrides: list[str]) -> int:
+    from jaxvl import words
+
+    print(words.run(args.workdir, overrides, images=args.images, step=args.step, ema=args.ema))
+    return 0
 
 
 def _report(args: argparse.Namespace, _: list[str]) -> int:
@@ -245,7 +258,7 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
     return importlib.import_module(f"jaxvl.bench.{args.what}").main(args.config, overrides, rounds=args.rounds)
 
 
-RUN = {"train": _train, "eval": _eval, "import": _import, "export": _export, "report": _report, "sweep": _sweep, "data": _data, "search": _search, "plan": _plan, "bench": _bench}
+RUN = {"train": _train, "eval": _eval, "import": _import, "export": _export, "words": _words, "report": _report, "sweep": _sweep, "data": _data, "search": _search, "plan": _plan, "bench": _bench}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,7 +26,7 @@ def test_full_size_in_shapes(file):
     """Method, optimiser, path rules and the whole train step at full size, without an array."""
     config = configs.load(str(file))
     words = lexicon.Lexicon(np.arange(4, 4 + (config.method.get("entries") or 100)), (), {}) if config.tokenizer.lexicon else None
-    prompt = lexicon.Prompt("{}", (4, 5), 2) if config.tokenizer.prompt else None
+    prompt = lexicon.Prompt("{}", (4, 5), 2, 3) if config.tokenizer.prompt else None
     tokenizer = SimpleNamespace(vocab_size=config.tokenizer.vocab_size, context_length=config.tokenizer.context_length, eos=2, mask=3, lexicon=words, prompt=prompt)
     mesh = make_mesh(configs.read(config).mesh)
     with jax.set_mesh(mesh):

@@ -41,11 +41,13 @@ class Lexicon(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A text with one {} for the caption. shared: the ids that every prompt begins with. tail: how many ids every prompt ends in."""
+    """A text with one {} for the caption. shared: the ids that every prompt begins with. tail: how many ids every prompt ends in. head: how many
+    ids there are in front of a caption; the last of them is not shared, since a caption may join with it."""
 
     template: str
     shared: tuple[int, ...]
     tail: int
+    head: int
 
 
 def check(rule: str, prompt: str, min_count: int) -> None:
@@ -121,7 +123,7 @@ def facts(tokenizer: Any) -> dict[str, Any]:
     """What a method may want to know of a tokenizer: its words, and the ends of its prompt. Empty where it has neither."""
     words, prompt = getattr(tokenizer, "lexicon", None), getattr(tokenizer, "prompt", None)  # sizes that stand for a tokenizer have neither
     known = {} if words is None else {"words": tuple(words.ids.tolist())}
-    return known if prompt is None else {**known, "prefix": prompt.shared, "tail": prompt.tail}
+    return known if prompt is None else {**known, "prefix": prompt.shared, "tail": prompt.tail, "head": prompt.head}
 
 
 def stamp(tokenizer: Any) -> dict[str, str]:

@@ -132,7 +132,7 @@ class Tokenizer:
         head = template.split("{}")[0]
         whole = len(self._ids([head])[0]) - self._ended if head else 0
         front = front[: max(whole - 1, 0)]
-        self.prompt = Prompt(template, tuple(i + self.offset for i in front) if shared else (), tail)
+        self.prompt = Prompt(template, tuple(i + self.offset for i in front) if shared else (), tail, whole)
         self._most = empty + (caption_length or room)
 
     def encode_batch(self, captions: Sequence[str]) -> np.ndarray:

@@ -22,7 +22,7 @@ from jaxvl.mesh import place, process_rows
 from jaxvl.methods.method import Method
 from jaxvl.models import sparse
 
-MAPS = 3  # words of an image whose map is drawn, beside those of its caption
+MAPS, SPOKEN = 4, 4  # words whose map is drawn: the greatest of an image, and the first of its caption
 BATCH = 16  # images whose patches are on the device at a time
 
 Weighted = tuple[tuple[str, float], ...]  # words with their weights, the greatest first
@@ -80,13 +80,13 @@ def explain(options: LexicalOptions, model: Model, *, images: int, searched: int
     top = words.order(embedded.images, min(options.words, V))
 
     chosen = np.unique(np.linspace(0, len(embedded.images) - 1, images).round().astype(int))
-    mapped = {i: np.unique(np.concatenate([top[i, :MAPS], spoken[i]])) for i in chosen}
+    mapped = {i: list(dict.fromkeys([*top[i, :MAPS].tolist(), *spoken[i][:SPOKEN].tolist()])) for i in chosen}
     often = np.bincount(np.concatenate([np.zeros(0, int), *spoken]), minlength=V)
     wanted = [int(j) for j in np.argsort(-often, kind="stable")[:searched] if often[j]]
     best = {j: np.argsort(-embedded.images[:, j], kind="stable")[:each] for j in wanted}
 
     places = np.unique(np.concatenate([chosen, *best.values()]))
-    columns = np.unique(np.concatenate([np.array(wanted, int), *mapped.values()]))
+    columns = np.array(sorted({*wanted, *(j for some in mapped.values() for j in some)}))
     pictures, captions, patches = looked_at(model, dataset, embedded.ids[places], columns)
     at = {int(i): n for n, i in enumerate(places)}
     column = {int(j): n for n, j in enumerate(columns)}
@@ -98,7 +98,7 @@ def explain(options: LexicalOptions, model: Model, *, images: int, searched: int
         products = kept[0][i].astype(np.float64) * kept[1][first[i]]
         return Seen(
             pictures[at[i]], captions[at[i]], tuple((name[j], float(embedded.images[i, j])) for j in top[i]), tuple(name[j] for j in spoken[i]),
-            {name[j]: patches[at[i], ..., column[int(j)]] for j in mapped[i]},
+            {name[j]: patches[at[i], ..., column[j]] for j in mapped[i]},
             tuple((name[j], float(products[j])) for j in np.argsort(-products, kind="stable")[: options.words] if products[j] > 0), float(products.sum()), rank,
         )  # fmt: skip
 

@@ -58,7 +58,7 @@ def of_captions(tokenizer: Any, tokens: np.ndarray) -> list[np.ndarray]:
     column = np.full(max(tokenizer.vocab_size, int(tokens.max(initial=0)) + 1), -1)
     column[kept.ids] = np.arange(len(kept.ids))
     ends = (tokens != 0).sum(1) - (prompt.tail if prompt else 0)
-    begin = len(prompt.shared) if prompt else 0
+    begin = prompt.head if prompt else 0
     rows = (np.unique(column[row[begin:end]]) for row, end in zip(tokens, ends, strict=True))
     return [row[row >= 0] for row in rows]
 

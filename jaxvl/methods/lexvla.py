@@ -55,7 +55,8 @@ class LexvlaOptions(NamedTuple):
     image_weight, text_weight: λ; penalty_warmup: steps in which they grow from 0. penalty_scope: the "global" batch, or "local", the mean over the
     parts that devices hold. stop_weight_grad: the overuse penalty's weights are constants.
 
-    words, prefix, tail: ids of the words, ids that every prompt begins with, number of ids in which every prompt ends; the tokenizer's.
+    words, prefix, tail, head: ids of the words, ids that every prompt begins with, number of ids in which every prompt ends, number of ids in front
+    of a caption; the tokenizer's.
     """
 
     name: Literal["lexvla"] = "lexvla"
@@ -84,13 +85,14 @@ class LexvlaOptions(NamedTuple):
     words: tuple[int, ...] = ()
     prefix: tuple[int, ...] = ()
     tail: int = 0
+    head: int = 0
 
 
 def complete(options: LexvlaOptions, run: Run) -> LexvlaOptions:
     """Options with what the run's tokenizer knows: its words and the ends of its prompt. Raises ValueError where it keeps another number of words."""
     if run.words and options.entries not in (0, len(run.words)):
         raise ValueError(f"config.method.entries is {options.entries}, but the tokenizer keeps {len(run.words)} words; see config.tokenizer.lexicon")
-    known = {key: getattr(run, key) for key in ("words", "prefix", "tail") if getattr(run, key)}
+    known = {key: getattr(run, key) for key in ("words", "prefix", "tail", "head") if getattr(run, key)}
     return options._replace(**known, entries=options.entries or len(run.words))
 
 
@@ -170,7 +172,7 @@ def build(image: VitOptions, text: TextOptions, options: LexvlaOptions = LexvlaO
         """Cross entropy of the words that the decoder would say next and those of each caption; float32 [B], 0 for a caption of no words."""
         place, end = jnp.arange(tokens.shape[1]), jnp.sum(tokens != text.pad_id, 1, keepdims=True) - o.tail
         at = jnp.asarray(column)[tokens]
-        counts = (at >= 0) & (place >= len(o.prefix)) & (place < end)
+        counts = (at >= 0) & (place >= o.head) & (place < end)
         log_p = jnp.take_along_axis(jax.nn.log_softmax(jnp.where(jnp.arange(rows) < V, logits, -jnp.inf)), jnp.maximum(at, 0), 1)
         return -jnp.sum(jnp.where(counts, log_p, 0), 1) / jnp.maximum(jnp.sum(counts, 1), 1)
 
@@ -236,7 +238,7 @@ def resolve(image: VitOptions, text: TextOptions, o: LexvlaOptions) -> tuple[Lex
         raise ValueError(f"config.method.words are {len(o.words)} ids up to {max(o.words)}, for {o.entries} entries of {text.vocab_size} tokens")
     if o.prefix and o.shared_prefix and not text.causal:
         raise ValueError("config.method.shared_prefix is True, but what a bidirectional text tower makes of a prompt depends on all of it; set it to False")
-    for key in ("image_weight", "text_weight", "word_weight", "penalty_warmup", "tail"):
+    for key in ("image_weight", "text_weight", "word_weight", "penalty_warmup", "tail", "head"):
         if getattr(o, key) < 0:
             raise ValueError(f"config.method.{key} is {getattr(o, key)}; it must be at least 0")
     if o.word_weight and not o.words:

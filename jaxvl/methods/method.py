@@ -35,7 +35,7 @@ class Run(NamedTuple):
 
     steps, epoch, warmup: optimiser steps of the run, of one pass over the data, and of the learning rate's warm-up. classes: of the
     training data. parents: of each class, then of each group of the level before, the group above it. words: the ids that the tokenizer
-    keeps as words (`data/lexicon.py`); prefix, tail: the ids that every prompt begins with, and how many it ends in.
+    keeps as words (`data/lexicon.py`); prefix, tail: the ids that every prompt begins with, and how many it ends in; head: how many stand in front of a caption.
     """
 
     steps: int = 0
@@ -46,6 +46,7 @@ class Run(NamedTuple):
     words: tuple[int, ...] = ()
     prefix: tuple[int, ...] = ()
     tail: int = 0
+    head: int = 0
 
 
 class Renewed(NamedTuple):

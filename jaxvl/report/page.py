@@ -75,12 +75,12 @@ def write_report(workdir: str | Path) -> Path:
     return path
 
 
-def write_document(path: Path, title: str, body: str) -> None:
-    """Write a self-contained page in the style of all reports; atomic."""
+def write_document(path: Path, title: str, body: str, style: str = "") -> None:
+    """Write a self-contained page in the style of all reports, and `style` besides; atomic."""
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
-        f"<title>{html.escape(title)} · jaxvl</title><style>{STYLE}</style></head>"
+        f"<title>{html.escape(title)} · jaxvl</title><style>{STYLE}{style}</style></head>"
         f"<body><main>{body}</main></body></html>\n"
     )
     write_atomic(path, page.encode(errors="replace").decode())  # file names can hold bytes that are no text
@@ -248,6 +248,11 @@ def _hit(place: int, hit: Hit) -> str:
 def _item(item: str | bytes) -> str:
     if isinstance(item, bytes):
         return f'<img alt="" src="data:image/png;base64,{base64.b64encode(item).decode()}">'
+    return clipped(item)
+
+
+def clipped(item: str) -> str:
+    """A caption as a quotation, its end left out where it is long."""
     clean = re.sub(r"[\x00-\x1f\x7f\s]+", " ", item).strip()
     short = clean if len(clean) <= CAPTION else clean[: CAPTION - 1] + "…"
     return f'<q title="{html.escape(clean[:1000])}">{html.escape(short)}</q>'

@@ -46,6 +46,7 @@ def test_what_prompts_share_ends_before_the_join(joining):
     head = made.encode_batch(['The focus of "'])[0]
     made.ask(ASK)
     assert made.prompt.shared == tuple(head[head > 0][:-1])
+    assert made.prompt.head == len(head[head > 0])
     rows = made.encode_batch(["<person>", "A boat.", "", '"'])
     assert (rows[:, : len(made.prompt.shared)] == made.prompt.shared).all()
     tail = made.encode_batch(["A boat"])[0]

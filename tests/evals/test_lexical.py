@@ -13,15 +13,18 @@ from jaxvl.data.augment import AugmentOptions
 from jaxvl.data.lexicon import Lexicon, Prompt
 from jaxvl.data.stream import DataOptions
 from jaxvl.evals import patchdis, patches, words
+from jaxvl.evals.embed import Model
+from jaxvl.evals.explain import explain
 from jaxvl.evals.lexical import LexicalOptions
 from jaxvl.evals.patches import PatchdisOptions
 from jaxvl.gallery import Table
 from jaxvl.mesh import MeshOptions, make_mesh
 from jaxvl.methods.method import Method
+from jaxvl.report.words import heat, write_words
 
 V, SIDE = 6, 8
 NAMES = ("red", "green", "blue", "dark", "light", "never")
-PREFIX, TAIL = (9, 1), 1  # a prompt in which the word "red" stands
+PREFIX, TAIL = (9, 1), 1  # a prompt in which the word "red" stands, which is no shared id
 
 
 class Words:
@@ -29,7 +32,7 @@ class Words:
 
     context_length, vocab_size = 8, 12
     lexicon = Lexicon(np.arange(1, V + 1, dtype=np.int32), NAMES, {})
-    prompt = Prompt("", PREFIX, TAIL)
+    prompt = Prompt("", PREFIX[:1], TAIL, len(PREFIX))
 
     def encode_batch(self, captions):
         rows = [[*PREFIX, *(NAMES.index(w) + 1 if w in NAMES else 11 for w in caption.split()), 10] for caption in captions]
@@ -124,6 +127,38 @@ def test_lexical(folder, mesh):
         for key, value in (("any", np.mean([any(h) for h in hits])), ("all", np.mean([all(h) for h in hits])), ("words", np.mean([np.mean(h) for h in hits]))):
             assert numbers[f"val/words@2/{start}{key}"] == pytest.approx(value)
     assert len([g for g in shown if not isinstance(g, Table)]) == 2
+
+
+def test_images_are_explained_and_shown(folder, tmp_path):
+    entry = LexicalOptions(source=str(folder / "val-0.tar"), words=2, batch_size=3)
+    data, augment = DataOptions(image_size=SIDE, threads=1, workers=0), AugmentOptions(mean=(0.0,) * 3, std=(1.0,) * 3)
+    with jax.set_mesh(make_mesh(MeshOptions(2, 1, 1), jax.devices()[:2])):
+        model = Model(method(), jnp.float32(1), Words(), data, augment, jax.sharding.get_mesh())
+        found = explain(entry, model, images=4, searched=2, each=2)
+        with pytest.raises(ValueError, match="the run's method has no words"):
+            explain(entry, model._replace(method=method()._replace(embed_words=None)), images=1, searched=1, each=1)
+    assert [seen.caption for seen in found.images] == ["red", "green", "red green", "never blue"] and found.size == 5
+    red, both = found.images[0], found.images[2]
+    assert [w for w, _ in red.words] == ["red", "dark"] and red.spoken == ("red",) and red.rank == 0
+    norm = np.sqrt(1 + 0.01 + 0.0001)
+    assert red.score == pytest.approx(1 / norm**2) and [w for w, _ in red.shared] == ["red"]
+    np.testing.assert_allclose(red.maps["red"], np.full((2, 2), 1 / norm), rtol=1e-5)
+    assert [w for w, _ in both.shared] == ["red", "green"] and sum(x for _, x in both.shared) == pytest.approx(both.score)
+    assert {s.word: len(s.images) for s in found.words} == {"red": 2, "green": 2} and found.words[0].images[0][1] == pytest.approx(1 / norm)
+
+    text = write_words(tmp_path, "<run>", 7, found).read_text()
+    assert "&lt;run&gt; in words" in text and "http" not in text and "<script" not in text
+    assert text.count('class="card"') == 4 and text.count('class="word"') == 2 and "caption ranks 1 of 5" in text
+    told = json.loads((tmp_path / "words.json").read_text())
+    assert told["images"][2]["maps"]["red"] == [[pytest.approx(v, abs=1e-5) for v in row] for row in both.maps["red"].tolist()]
+    assert told["numbers"] == found.numbers and told["most_used"]["text"][0][0] == "red" and told["step"] == 7
+
+
+def test_a_map_is_clear_where_a_word_is_not():
+    import io
+
+    alpha = np.asarray(Image.open(io.BytesIO(heat(np.array([[0.1, 0.2], [0.3, 0.9]]), 0.2, 0.3))))[..., 3]
+    np.testing.assert_array_equal(alpha, [[0, 0], [215, 215]])
 
 
 def test_words_of_captions_are_those_inside_the_prompt():

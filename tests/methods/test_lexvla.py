@@ -23,7 +23,7 @@ TINY = dict(variant="", width=16, depth=1, heads=2, mlp_dim=32, dtype="float32")
 IMAGE = VitOptions(**TINY, patch=4, registers=1)
 TEXT = TextOptions(**TINY, vocab_size=30, pool="last", position="rope", norm="rms")
 PREFIX, TAIL, WORDS = (5, 6, 7), (8, 9), tuple(range(16, 16 + V))
-OPTIONS = LexvlaOptions(adapter_heads=2, mlp1=16, mlp2=16, entries=V, words=WORDS, prefix=PREFIX, tail=2, word_weight=0.5, image_weight=0.2, text_weight=0.3,
+OPTIONS = LexvlaOptions(adapter_heads=2, mlp1=16, mlp2=16, entries=V, words=WORDS, prefix=PREFIX, tail=2, head=3, word_weight=0.5, image_weight=0.2, text_weight=0.3,
                         penalty_warmup=10)  # fmt: skip
 LORA = LoraOptions(rank=2, targets=r"^text/blocks/attn/[qv]/kernel$", base_dtype="float32")
 close = np.testing.assert_allclose
@@ -101,11 +101,11 @@ def test_words_of_a_caption_are_those_between_the_ends_of_the_prompt():
     """The decoder's logits back from the vectors would lose their sum, so this has them from the codebook."""
     params, _ = start()
     eye = {**params, "text_codebook": np.eye(lexvla.ROWS, 16, dtype=np.float32)}
-    method = build(prefix=(), entries=16, words=tuple(range(14, 30)), activation="relu")
+    method = build(prefix=(), entries=16, words=tuple(range(5, 21)), activation="relu")
     s, got = (lambda e: (e["text"], e["words"]))(jax.device_get(jax.jit(lambda p, b: method.encode(p, b, None))(eye, batch())))
-    # Without a shared prefix its ids count as caption, but they are no words here.
+    # The ends of the prompt are of words here.
     for i, row in enumerate(batch()["tokens"]):
-        words = [j - 14 for j in row[3 : np.sum(row > 0) - 2] if j >= 14]
+        words = [j for j in row[3 : np.sum(row > 0) - 2] if j < 21]
         assert (got[i] > 0) == bool(words)
     assert s.shape == (B, lexvla.ROWS)
 
@@ -178,8 +178,8 @@ def test_codebooks_start_as_the_words_of_the_decoder():
 
 def test_the_run_tells_the_words():
     choice = METHODS["lexvla"]
-    made = choice.complete(OPTIONS._replace(entries=0, words=(), prefix=(), tail=0), Run(words=WORDS, prefix=PREFIX, tail=2))
-    assert (made.entries, made.words, made.prefix, made.tail) == (V, WORDS, PREFIX, 2)
+    made = choice.complete(OPTIONS._replace(entries=0, words=(), prefix=(), tail=0, head=0), Run(words=WORDS, prefix=PREFIX, tail=2, head=3))
+    assert (made.entries, made.words, made.prefix, made.tail, made.head) == (V, WORDS, PREFIX, 2, 3)
     with pytest.raises(ValueError, match="config.method.entries is 17182, but the tokenizer keeps 12 words"):
         choice.complete(OPTIONS._replace(entries=17_182), Run(words=WORDS))
 
