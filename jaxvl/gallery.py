@@ -1,6 +1,8 @@
-"""Queries and what they retrieved, and tables: what an evaluation hands to the report to show."""
+"""Queries and what they retrieved, tables, images in words: what an evaluation hands to the report to show."""
 
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Hit(NamedTuple):
@@ -33,3 +35,40 @@ class Table(NamedTuple):
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+
+Weighted = tuple[tuple[str, float], ...]  # words with their weights, the greatest first
+
+
+class Seen(NamedTuple):
+    """An image. picture: PNG of what the model saw. words: its greatest entries. spoken: the model's words in its caption. maps: by word, the
+    entry of every patch, float32 [row, column]. shared: products of its kept entries with its caption's, which add up to `score`.
+    rank: 0-based, of the caption among all."""
+
+    picture: bytes
+    caption: str
+    words: Weighted
+    spoken: tuple[str, ...]
+    maps: dict[str, np.ndarray]
+    shared: Weighted
+    score: float
+    rank: int
+
+
+class Sought(NamedTuple):
+    """A word and the images in which it is greatest: (picture, entry of the image, map)."""
+
+    word: str
+    images: tuple[tuple[bytes, float, np.ndarray], ...]
+
+
+class Explained(NamedTuple):
+    """numbers: of the evaluation, over the whole set. most_used: by side (word, mean entry, share of vectors in which it is active).
+    threshold: entries above it are kept. size: images of the set, of which `images` are spread evenly over it."""
+
+    numbers: dict[str, float]
+    most_used: dict[str, tuple[tuple[str, float, float], ...]]
+    threshold: float
+    size: int
+    images: tuple[Seen, ...]
+    words: tuple[Sought, ...]

@@ -4,7 +4,7 @@ Li et al. 2024, https://arxiv.org/abs/2407.17827, section 4.4. `jaxvl words` mak
 """
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,48 +18,13 @@ from jaxvl.evals import lexical, words
 from jaxvl.evals.embed import Embedded, Model, embed_samples, fetch, png, whole_batch
 from jaxvl.evals.lexical import LexicalOptions
 from jaxvl.evals.streamed import streamed_ranks
+from jaxvl.gallery import Explained, Seen, Sought
 from jaxvl.mesh import place, process_rows
 from jaxvl.methods.method import Method
 from jaxvl.models import sparse
 
 MAPS, SPOKEN = 4, 4  # words whose map is drawn: the greatest of an image, and the first of its caption
 BATCH = 16  # images whose patches are on the device at a time
-
-Weighted = tuple[tuple[str, float], ...]  # words with their weights, the greatest first
-
-
-class Seen(NamedTuple):
-    """An image. picture: PNG of what the model saw. words: its greatest entries. spoken: the model's words in its caption. maps: by word, the
-    entry of every patch, float32 [row, column]. shared: products of its kept entries with its caption's, which add up to `score`.
-    rank: 0-based, of the caption among all."""
-
-    picture: bytes
-    caption: str
-    words: Weighted
-    spoken: tuple[str, ...]
-    maps: dict[str, np.ndarray]
-    shared: Weighted
-    score: float
-    rank: int
-
-
-class Sought(NamedTuple):
-    """A word and the images in which it is greatest: (picture, entry of the image, map)."""
-
-    word: str
-    images: tuple[tuple[bytes, float, np.ndarray], ...]
-
-
-class Explained(NamedTuple):
-    """numbers: of the evaluation, over the whole set. most_used: by side (word, mean entry, share of vectors in which it is active).
-    threshold: entries above it are kept. size: images of the set, of which `images` are spread evenly over it."""
-
-    numbers: dict[str, float]
-    most_used: dict[str, tuple[tuple[str, float, float], ...]]
-    threshold: float
-    size: int
-    images: tuple[Seen, ...]
-    words: tuple[Sought, ...]
 
 
 def explain(options: LexicalOptions, model: Model, *, images: int, searched: int, each: int) -> Explained:

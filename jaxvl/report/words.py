@@ -5,11 +5,12 @@ import io
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from jaxvl.gallery import Explained, Seen, Sought
 from jaxvl.report.metrics import write_atomic
 from jaxvl.report.page import clipped, section, write_document
 
@@ -39,17 +40,6 @@ LEGEND = (
     "Maps: where in the image a word is, on one scale for an image and clear below the threshold. "
     "Right: the words that image and caption share, each with its part of their score.</p>"
 )
-
-
-class Explained(Protocol):
-    """What is shown, see `evals.explain.Explained`."""
-
-    numbers: dict[str, float]
-    most_used: dict[str, tuple[tuple[str, float, float], ...]]
-    threshold: float
-    size: int
-    images: tuple[Any, ...]
-    words: tuple[Any, ...]
 
 
 def write_words(folder: Path, title: str, step: int, found: Explained) -> Path:
@@ -103,7 +93,7 @@ def _most_used(found: Explained) -> str:
     return f'<div class="clouds">{"".join(columns)}</div>'
 
 
-def _card(seen: Any, found: Explained) -> str:
+def _card(seen: Seen, found: Explained) -> str:
     most = seen.words[0][1] if seen.words else 1.0
     said = set(seen.spoken)
     words = _entries([(word, weight, f"{weight:.3f}") for word, weight in seen.words], most, 0, said)
@@ -119,7 +109,7 @@ def _card(seen: Any, found: Explained) -> str:
     )  # fmt: skip
 
 
-def _word(sought: Any) -> str:
+def _word(sought: Sought) -> str:
     """A word with its images, their maps on one scale."""
     high = max(float(grid.max()) for _, _, grid in sought.images)
     low = min(float(grid.min()) for _, _, grid in sought.images)
