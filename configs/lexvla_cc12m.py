@@ -7,12 +7,12 @@
         --config.tokenizer.name=/models/llama2-7b/tokenizer --config.data.source="/data/cc12m/{00000..01242}.tar"
 
 Any other decoder or encoder takes the place of these two by `jaxvl import`, which prints its config.text and config.image. Penalties by one
-override: --config.method.penalty=flops | none.
+override: --config.method.penalty=flops | none. With configs/lexvla_cc12m.py:/data/coco the run measures PatchDis on the 2017 validation images there.
 """
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
+def get_config(coco: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.method = dict(name="lexvla", entries=17_182)
@@ -33,4 +33,6 @@ def get_config() -> ConfigDict:
     config.checkpoint = dict(every=500, keep=3, best="val/i2t/r@1")
     config.log = dict(every=20)
     config.evals = dict(val=dict(kind="lexical", source="/data/cc12m-val/{00000..00001}.tar", every=1_000, top=(28, 64, 296, 512, 1_081, 3_290, 6_070)))
+    if coco:
+        config.evals.patchdis = dict(kind="patchdis", source=f"{coco}/annotations/instances_val2017.json", images=f"{coco}/val2017", every=0)
     return config

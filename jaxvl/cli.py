@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     bench = verbs.add_parser("bench", help="measure the input pipeline, the step, its terms, the loss or what a re-ranked pair costs; prints JSON")
     bench.add_argument("what", choices=("input", "step", "terms", "loss", "rerank", "proxies", "evaluation", "search"))
     bench.add_argument("--config", help="step, terms, rerank: the config to measure (default: a small built-in one)")
-    bench.add_argument("--rounds", type=int, default=3, help="alternated rounds; medians are reported")
+    bench.add_argument("--rounds", type=int, default=3, help="alternated rounds; medians are reported (step: 0 compiles and runs nothing)")
     return top
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from running import leaves, metrics
 
-from jaxvl import assembly, config as configs, manifest, train
+from jaxvl import assembly, config as configs, manifest, train, words
 from jaxvl.data import lexicon
 from jaxvl.mesh import make_mesh
 from jaxvl.methods.method import Run
@@ -25,9 +25,9 @@ FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 def test_full_size_in_shapes(file):
     """Method, optimiser, path rules and the whole train step at full size, without an array."""
     config = configs.load(str(file))
-    words = lexicon.Lexicon(np.arange(4, 4 + (config.method.get("entries") or 100)), (), {}) if config.tokenizer.lexicon else None
+    lexical = lexicon.Lexicon(np.arange(4, 4 + (config.method.get("entries") or 100)), (), {}) if config.tokenizer.lexicon else None
     prompt = lexicon.Prompt("{}", (4, 5), 2, 3) if config.tokenizer.prompt else None
-    tokenizer = SimpleNamespace(vocab_size=config.tokenizer.vocab_size, context_length=config.tokenizer.context_length, eos=2, mask=3, lexicon=words, prompt=prompt)
+    tokenizer = SimpleNamespace(vocab_size=config.tokenizer.vocab_size, context_length=config.tokenizer.context_length, eos=2, mask=3, lexicon=lexical, prompt=prompt)
     mesh = make_mesh(configs.read(config).mesh)
     with jax.set_mesh(mesh):
         recipe = configs.read(config)
@@ -55,3 +55,6 @@ def test_two_steps_resumed_bit_for_bit(file, tmp_path):
     again = leaves(run, step=2)
     assert final.keys() == again.keys()
     assert [name for name in final if final[name] != again[name]] == []
+    if file.stem == "lexvla_mini":
+        page = words.run(run, [], images=3).read_text()
+        assert page.count('class="card"') == 3 and "step</em> 2<" in page

@@ -24,6 +24,11 @@ class Choice(NamedTuple):
         fill = getattr(importlib.import_module(self.module), "complete", None)
         return fill(options, run) if fill else options
 
+    def plain(self, options: Any) -> dict[str, Any]:
+        """By the name of each cheaper but equal way of computing that `options` switch on, the options without it."""
+        ways = getattr(importlib.import_module(self.module), "PLAIN", {})
+        return {name: options._replace(**off) for name, off in ways.items() if options._replace(**off) != options}
+
 
 METHODS = {
     "clip": Choice("jaxvl.methods.clip", "ClipOptions"),

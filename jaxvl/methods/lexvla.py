@@ -39,6 +39,7 @@ from jaxvl.models.vit import VitOptions
 
 ROWS = 128  # codebooks are filled up with rows of no word to a multiple of this, so that they split evenly over devices
 Penalty = Literal["overuse", "flops", "none"]
+PLAIN: dict[str, dict[str, Any]] = {"fused mapper": {"fused": False}, "shared prompt prefix": {"shared_prefix": False}}  # cheap equivalents, and their switches
 
 
 class LexvlaOptions(NamedTuple):

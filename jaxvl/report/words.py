@@ -32,6 +32,7 @@ overflow-wrap:anywhere;line-height:1.25;margin-top:3px}
 image-rendering:pixelated}
 .word{padding:14px 0;border-top:1px solid var(--line)}.word h3{font-size:17px;font-weight:600;color:var(--ink);text-transform:none;
 letter-spacing:0}
+.sought{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,500px),1fr));gap:0 40px}
 .clouds{display:grid;grid-template-columns:repeat(auto-fit,minmax(330px,1fr));gap:22px 60px}
 @media(max-width:900px){.card{grid-template-columns:150px 1fr}}@media(max-width:640px){.card{grid-template-columns:1fr}}
 """
@@ -39,6 +40,10 @@ LEGEND = (
     "<p>Left: the image and its caption, with the caption's rank among all. Then its greatest entries; a tick marks the caption's own words. "
     "Maps: where in the image a word is, on one scale for an image and clear below the threshold. "
     "Right: the words that image and caption share, each with its part of their score.</p>"
+)
+SOUGHT = (
+    "<p>The words that the captions say most, in the images where each is greatest, with its entry there. "
+    "Maps of a word are on one scale, clear at the least of their patches.</p>"
 )
 
 
@@ -50,7 +55,7 @@ def write_words(folder: Path, title: str, step: int, found: Explained) -> Path:
         _head(title, step, found),
         section("Most used words", _most_used(found)),
         section(f"{len(found.images)} images in words", LEGEND + "".join(_card(seen, found) for seen in found.images)),
-        section("Words in images", "".join(map(_word, found.words))) if found.words else "",
+        section("Words in images", SOUGHT + f'<div class="sought">{"".join(map(_word, found.words))}</div>') if found.words else "",
     )
     write_document(path, f"{title} in words", "".join(sections), style=STYLE)
     return path
@@ -74,9 +79,9 @@ def _head(title: str, step: int, found: Explained) -> str:
     start = next((key.partition("/")[0] for key in found.numbers), "words@0")
     count = start.partition("@")[2]
     tiles = (
-        (percent(f"{start}/any"), f"of images have a caption word among their {count} first"),
-        (percent(f"{start}/words"), "of a caption's words"),
-        (percent(f"{start}/other_any"), "have one of another image's caption"),
+        (percent(f"{start}/any"), f"of images have a word of their caption in their {count} first"),
+        (percent(f"{start}/words"), "of the captions' words are found there"),
+        (percent(f"{start}/other_any"), "of images, for the caption of another one"),
         (f"{found.size:,}", "images held out"),
     )
     cells = "".join(f"<div><b>{html.escape(big)}</b><span>{html.escape(small)}</span></div>" for big, small in tiles)

@@ -2,12 +2,13 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from jaxvl import config as configs
-from jaxvl.bench import loss as loss_bench, step as step_bench, terms as terms_bench
+from jaxvl.bench import loss as loss_bench, sizes, step as step_bench, terms as terms_bench
 from jaxvl.mesh import make_mesh
 from jaxvl.tiny import shrink
 
@@ -50,13 +51,51 @@ def test_step_reports_time_memory_and_the_price_of_accumulation():
 def test_an_accumulated_config_is_compared_with_the_uncut_step():
     assert [step_bench.microbatches(b, 8) for b in (64, 16, 24, 8)] == [4, 2, 3, 1]
     recipe = tiny("train.accumulate=2")
-    with pytest.raises(ValueError, match="--rounds is 0"):
-        step_bench.measure(recipe, rounds=0)
+    with pytest.raises(ValueError, match="--rounds is -1"):
+        step_bench.measure(recipe, rounds=-1)
     parts = step_bench.assemble(recipe, step_bench.tokenizer(recipe))
     batch = step_bench.random_batch(parts)
     assert batch["image"].shape == (32, 32, 32, 3)
     assert batch["image"].dtype == "uint8"
     assert 0 < batch["tokens"].min() <= batch["tokens"].max() < 512
+
+
+def test_a_step_is_compared_with_those_without_its_cheap_equivalents(monkeypatch):
+    """Which programs are set against each other; what compiles them is replaced by bytes that tell which one it was asked for."""
+
+    def compiled(parts, mesh, accumulate):
+        o = parts.recipe.method
+        size = 1000 * accumulate + 100 * (not o.fused) + 10 * (not o.shared_prefix) + (parts.method.features is None)
+        return SimpleNamespace(memory_analysis=lambda: SimpleNamespace(temp_size_in_bytes=size, argument_size_in_bytes=1))
+
+    monkeypatch.setattr(step_bench, "compile_step", compiled)
+    config = shrink(configs.load(str(ROOT / "configs" / "lexvla_cc12m.py")))
+    got = json.loads(json.dumps(step_bench.measure(configs.read(config), rounds=0)))
+    rows = {row["name"]: (row["accumulate"], row["temporary_bytes_with"], row["temporary_bytes_without"]) for row in got["equivalents"]}
+    assert rows == {
+        "fused mapper": (1, 1000, 1100), "shared prompt prefix": (1, 1000, 1010), "features of frozen towers computed once": (2, 2000, 2001), "two-pass accumulation": (2, 2000, 1000),
+    }  # fmt: skip
+    assert got["equivalents"][0]["temporary_bytes_ratio"] == 1.1 and "step_s_with" not in got["equivalents"][0]
+    assert not {"step_s", "samples_per_s", "peak_memory_bytes"} & got.keys()
+    config.method.fused = False
+    config.train.accumulate = 2
+    rows = {row["name"]: (row["temporary_bytes_with"], row["temporary_bytes_without"]) for row in step_bench.measure(configs.read(config), rounds=0)["equivalents"]}
+    assert rows == {"shared prompt prefix": (2100, 2110), "features of frozen towers computed once": (2100, 2101), "two-pass accumulation": (2100, 1100)}
+
+
+def test_times_are_compared_by_their_medians():
+    row = lambda bytes_, seconds: {"accumulate": 1, "temporary_bytes": bytes_, "step_s": {"median": seconds}, "cpu_s": {"median": 2 * seconds}}
+    got = step_bench.compared("x", row(10, 2.0), row(30, 3.0))
+    assert got["temporary_bytes_ratio"] == 3 and got["step_s_ratio"] == 1.5 and got["cpu_s_with"] == 4.0
+
+
+def test_sizes_stand_for_a_prompt_and_its_words():
+    recipe = configs.read(configs.load(str(ROOT / "configs" / "lexvla_cc12m.py")))
+    made = sizes.tokenizer(recipe)
+    assert len(made.lexicon.ids) == 17_182 and made.lexicon.ids.max() < made.vocab_size == 32_001
+    assert 30 < made.prompt.head < 50 and len(made.prompt.shared) == made.prompt.head - 1 and made.prompt.head + made.prompt.tail < made.context_length
+    small = sizes.tokenizer(configs.read(configs.load(str(ROOT / "configs" / "lexvla_mini.py"))))
+    assert (small.prompt.head, small.prompt.tail, small.vocab_size) == (4, 5, 8_192)
 
 
 def test_loss_compares_both_implementations():

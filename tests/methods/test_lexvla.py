@@ -116,6 +116,9 @@ def test_cheaper_ways_to_the_same():
     same(stepped(shared_prefix=False), want)
     same(stepped(4), want)
     same(stepped(2, frozen_image=False), stepped(frozen_image=False))
+    params, memory = start()
+    anew = build()._replace(features=None)  # in both passes over the rows
+    same(jax.device_get(jax.jit(value_and_grad(anew, 4))(params, memory, batch(), KEY)), want)
 
 
 def test_frozen_features_are_computed_once_and_not_differentiated():
