@@ -24,6 +24,7 @@ from jaxvl.data.stream import train_batches
 from jaxvl.interop import initial
 from jaxvl.mesh import make_mesh, place, process_rows
 from jaxvl.methods.method import for_faces
+from jaxvl.plan import record
 from jaxvl.progress import say
 from jaxvl.report.metrics import write_atomic
 from jaxvl.rollback import Skipped, go_back
@@ -63,6 +64,7 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
         start = initial.plan(parts.recipe, plan.state.params, parts.tokenizer.offset if parts.tokenizer else 0, plan.state.memory) if fresh else {}
         with log.pause("compile"):
             train_step = jax.jit(plan.step, donate_argnums=0, out_shardings=plan.out_shardings).lower(plan.state, plan.batch).compile()
+            record.save(workdir, parts, plan, train_step, mesh, steps)
 
         with _terminated() as stop, ExitStack() as stack:
             restored = saver.restore(plan.state)
