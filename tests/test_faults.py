@@ -148,7 +148,8 @@ def test_clock_skew_changes_nothing(tmp_path):
 def test_elastic(tmp_path):
     """A run of four processes goes on as one, two and eight, and on another mesh: the state exactly, the samples of every batch, the loss up to rounding."""
     first, at, steps = tmp_path / "four", 12, 24
-    options = ("optim.warmup_steps=1", "checkpoint.every=4", "checkpoint.keep=9", "log.samples=True")
+    # In float32: in bfloat16 the rounding of a batch depends on how it is cut, by 1e-3 of the loss in one step.
+    options = ("optim.warmup_steps=1", "checkpoint.every=4", "checkpoint.keep=9", "log.samples=True", "image.dtype=float32", "text.dtype=float32")
 
     def run(workdir: Path, processes: int, *overrides: str, devices: int = 1) -> None:
         flags = f"--xla_force_host_platform_device_count={devices} {FAST}"
