@@ -14,7 +14,7 @@ and accents taken off, for `emoji` the subgroup. What the paper compares is one 
 """
 from ml_collections import ConfigDict
 
-SETS = {"glyphs": dict(source="glyphs://train", val="glyphs://val", level=2, rate=1e-3), "emoji": dict(source="train-*.tar", val="val-*.tar", level=1, rate=3e-4)}
+SETS = {"glyphs": dict(source="glyphs://train", val="glyphs://val", level=2, rate=1e-3, steps=450), "emoji": dict(source="train-*.tar", val="val-*.tar", level=1, rate=3e-4, steps=300)}
 
 
 def get_config(data: str = "glyphs") -> ConfigDict:
@@ -29,8 +29,8 @@ def get_config(data: str = "glyphs") -> ConfigDict:
     config.augment = dict(mean=(0.95, 0.95, 0.95), std=(0.3, 0.3, 0.3))  # of pictures on white
     config.optim = dict(learning_rate=of["rate"], schedule="cosine", warmup_steps=20, b2=0.999, eps=1e-8, weight_decay=1e-4, decay="",
                         groups=(("^(proxies|coarse)", 10.0),), clip_norm=0.0, clip_value=10.0)  # fmt: skip
-    config.train = dict(batch_size=128, steps=450)
-    config.checkpoint = dict(every=450)
+    config.train = dict(batch_size=128, steps=of["steps"])
+    config.checkpoint = dict(every=of["steps"])
     config.log = dict(every=20)
-    config.evals = dict(val=dict(kind="metric_learning", source=of["val"], every=225))
+    config.evals = dict(val=dict(kind="metric_learning", source=of["val"], every=of["steps"] // 2))
     return config
