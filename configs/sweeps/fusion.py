@@ -21,6 +21,7 @@ def sweep(data: str = "emoji") -> dict:
         "ALBEF + LMI": {**ALBEF, "method.align": "cma+lmi"},
         "TCL": {**ALBEF, "method.align": "cma+imc+lmi"},
         "CODIS": CODIS,
+        "CODIS, no codebook": {**CODIS, "method.code": False},
         "CODIS, K=32": {**CODIS, "method.codes": 32},
         "CODIS, K=512": {**CODIS, "method.codes": 512},
         "CODIS, Sinkhorn": {**CODIS, "method.ot_solver": "sinkhorn"},
