@@ -136,6 +136,6 @@ def test_a_plan_is_told_to_people_and_to_programs(capsys, plan, modelled):
     assert "compiled for forced CPU devices" in "\n".join(tell.lines(plan))
     full = modelled._replace(temporary=modelled.hbm, total=modelled.total - modelled.temporary + modelled.hbm)
     assert re.search(r"DOES NOT FIT: .* of 74.51 GiB; by estimate train.accumulate=2 would", "\n".join(tell.lines(full)))
-    assert cli.main(["plan", f"--config={QUICK}", "--topology=h100:8", "--config.train.batch_size=64", "--compiles=1", "--json"]) == 0
+    assert cli.main(["plan", f"--config={QUICK}", "--topology=h100:8", "--config.train.batch_size=64", "--compiles=2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] is True and found["batch"]["largest"] > 64 and found["total"] == sum(found["held"].values()) + found["temporary"]
