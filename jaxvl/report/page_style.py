@@ -36,7 +36,7 @@ margin-bottom:8px}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
 th,td{padding:4px 22px 4px 0;text-align:right;border-bottom:1px solid var(--line)}th{color:var(--soft);
 font-weight:500}
-th:first-child,td:first-child{text-align:left;overflow-wrap:anywhere}
+th:first-child,td:first-child{text-align:left;overflow-wrap:break-word}
 .query{display:flex;gap:18px;padding:12px 0;border-top:1px solid var(--line);align-items:flex-start}
 .asked{flex:0 0 150px;font-weight:600;overflow-wrap:anywhere}.hits{display:flex;flex-wrap:wrap;gap:10px}
 .hit{width:132px;border:2px solid var(--line);border-radius:9px;padding:7px;overflow-wrap:anywhere;font-size:13px;

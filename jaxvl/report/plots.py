@@ -110,7 +110,7 @@ def lines(
     if high == low:
         low, high = (low - abs(low) * 0.05, high + abs(high) * 0.05) if low else (0.0, 1.0)
     pad = 0.04 * (high - low)
-    frame = _frame(series, low if zero and low == 0 else low - pad, high + pad, width, height)._replace(across=across, log=log)
+    frame = _frame(series, low if zero and low == 0 else low - pad, high + pad, width, height, across, log)
     body = [_path(s, frame) for s in series]
     label = f"{title}, {unit}" if unit else title
     return _figure(label, series, frame, _axes(frame) + "".join(body) + _strips(series, frame, unit))
@@ -183,10 +183,12 @@ class _Frame(NamedTuple):
         return LEFT + across * (self.width - LEFT - RIGHT), self.height - BOTTOM - up * (self.height - TOP - BOTTOM)
 
 
-def _frame(series: Sequence[Series], low: float, high: float, width: int, height: int) -> _Frame:
+def _frame(series: Sequence[Series], low: float, high: float, width: int, height: int, across: str = "step", log: bool = False) -> _Frame:
     places = [x for s in series for x in s.x]
     first, last = min(places), max(places)
-    return _Frame(first, last if last > first else first + 1, low, high, width, height)
+    if first == last:  # a single evaluation, drawn at the end of the run it belongs to
+        first, last = (0, last) if last > 0 and not log else (first, first + 1)
+    return _Frame(first, last, low, high, width, height, across, log)
 
 
 def _point(frame: _Frame, x: float, y: float) -> str:

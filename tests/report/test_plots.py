@@ -110,3 +110,9 @@ def test_bar_is_cut_in_proportion_and_colours_keep_their_places():
         ("c2", "750.00", "249.00"),
     ]
     assert "left out" not in svg and "b: 25 %" in svg
+
+
+def test_a_single_evaluation_stands_at_the_end_of_its_run():
+    chart = plots.lines("recall", [Series("R@1", [600], [5.0], 0)], unit="%", zero=True)
+    assert ">600<" in chart and ">0<" in chart and "600.2" not in chart
+    assert ">64<" in plots.lines("recall", [Series("R@1", [64], [5.0], 0)], unit="%", zero=True, across="entries", log=True)
