@@ -164,13 +164,16 @@ def _groups(i: Instruction, mesh: dict[str, int]) -> tuple[list[list[int]], bool
         shape, source, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
         ids = np.arange(math.prod(source or ())).reshape(source or ())
         return (ids.transpose(order) if order else ids).reshape(shape or ()).tolist(), True
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", i.attributes):
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", i.attributes):
         known = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        inside = [part.strip().strip("'") for part in named[2].split(",")]
+        inside = [part.strip().strip("'") for part in named[4].split(",")]
         if set(inside) <= set(known):  # an axis may also be cut in parts, which nothing here asks for
             axes = [k for k, axis in enumerate(known) if axis not in inside] + [list(known).index(axis) for axis in inside]
-            n = math.prod(known[axis] for axis in inside)
-            return np.arange(math.prod(known.values())).reshape(tuple(known.values())).transpose(axes).reshape(-1, n).tolist(), True
+            n, sizes = math.prod(known[axis] for axis in inside), tuple(known.values())
+            source = [int(k) for k in named[2].split(",")] if named[2] else sizes
+            ids = np.arange(math.prod(sizes)).reshape(source)  # the mesh's devices in its own order, where that is not ascending
+            ids = ids.transpose([int(k) for k in named[3].split(",")]) if named[3] else ids
+            return ids.reshape(sizes).transpose(axes).reshape(-1, n).tolist(), True
     listed = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", i.attributes)
     if listed is None:
         raise ValueError(f"a {i.opcode} of the compiled program names its devices in a way that is not known here: {i.attributes[:200]}")

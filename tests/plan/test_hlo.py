@@ -120,3 +120,17 @@ def test_groups_that_are_written_in_an_unknown_way_are_an_error():
         hlo.collectives(TPU.replace("replica_groups=[1,8]<=[8]", "replica_groups=@everyone"), {"data": 8})
     with pytest.raises(ValueError, match="no HLO module"):
         hlo.collectives("nothing", {"data": 8})
+
+
+@pytest.mark.parametrize(
+    ("named", "groups"),
+    [
+        ("mesh['a'=2,'b'=3] {'b'}", [[0, 1, 2], [3, 4, 5]]),
+        ("mesh['a'=2,'b'=3] {'a'}", [[0, 3], [1, 4], [2, 5]]),
+        ("mesh['a'=1,'b'=2,'c'=3], device_ids=([3,2]T(1,0)) {'b'}", [[0, 1], [2, 3], [4, 5]]),
+        ("mesh['a'=2,'b'=3], device_ids=([6]) {'b'}", [[0, 1, 2], [3, 4, 5]]),
+    ],
+)
+def test_groups_named_by_the_axes_of_a_mesh(named, groups):
+    i = hlo.Instruction("x", "f32[2]", "all-gather", "%y", f", channel_id=82, replica_groups={named}, dimensions={{1}}, use_global_device_ids=true")
+    assert hlo._groups(i, {"data": 2, "fsdp": 3}) == (groups, True)
