@@ -1,8 +1,11 @@
 """Queries and what they retrieved, tables, images in words: what an evaluation hands to the report to show."""
 
-from typing import NamedTuple
+from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # the log imports this, and must not wait for NumPy
+    import numpy as np
 
 
 class Hit(NamedTuple):

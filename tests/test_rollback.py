@@ -78,7 +78,7 @@ def test_a_run_goes_back_and_on_with_other_samples(tmp_path, poison, capsys, mon
     assert all(np.isfinite(row["loss"]) for row in rows) and [row["skipped"] for row in rows] == [0] * 8 + [4] * 16
     given = read_samples(tmp_path / "a" / "report", BATCH)
     undisturbed = read_samples_of(tmp_path / "a", 32)
-    assert [given[s].tolist() for s in given] == undisturbed[:8] + undisturbed[16:]
+    assert [given[s] for s in given] == undisturbed[:8] + undisturbed[16:]
     lost = report.goodput.account(report.goodput.read_sessions(tmp_path / "a" / "report"))["lost"]
     assert lost > 0
 

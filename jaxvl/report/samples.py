@@ -3,11 +3,10 @@
 Together the files of all processes are the history that survives: like metrics.jsonl they are cut where a run is resumed.
 """
 
+import itertools
 import re
 from collections import defaultdict
 from pathlib import Path
-
-import numpy as np
 
 from jaxvl.report.metrics import Writer, cut, jsonl_writer, read_lines
 
@@ -22,8 +21,8 @@ def open_samples(folder: Path, process: int, processes: int, step: int) -> Write
     return jsonl_writer(mine)
 
 
-def read_samples(folder: Path, batch_size: int) -> dict[int, np.ndarray]:
-    """ids int64 [batch_size] (rows of the dataset) of every step, from the files of all processes.
+def read_samples(folder: Path, batch_size: int) -> dict[int, list[int]]:
+    """The batch_size ids (rows of the dataset) of every step, from the files of all processes.
 
     Raises ValueError for a step whose rows were not all given, or one of them twice.
     """
@@ -35,10 +34,10 @@ def read_samples(folder: Path, batch_size: int) -> dict[int, np.ndarray]:
     for step in sorted(parts):
         spans = sorted(parts[step])
         ids = [i for _, part in spans for i in part]
-        starts = np.cumsum([0] + [len(part) for _, part in spans])[:-1].tolist()
+        starts = list(itertools.accumulate((len(part) for _, part in spans), initial=0))[:-1]
         if [row for row, _ in spans] != starts or len(ids) != batch_size:
             raise ValueError(f"{folder}: step {step} was given rows {[(row, row + len(part)) for row, part in spans]} of a batch of {batch_size}")
-        out[step] = np.array(ids, np.int64)
+        out[step] = ids
     return out
 
 
