@@ -170,8 +170,8 @@ def _groups(i: Instruction, mesh: dict[str, int]) -> tuple[list[list[int]], bool
         if set(inside) <= set(known):  # an axis may also be cut in parts, which nothing here asks for
             axes = [k for k, axis in enumerate(known) if axis not in inside] + [list(known).index(axis) for axis in inside]
             n, sizes = math.prod(known[axis] for axis in inside), tuple(known.values())
-            source = [int(k) for k in named[2].split(",")] if named[2] else sizes
-            ids = np.arange(math.prod(sizes)).reshape(source)  # the mesh's devices in its own order, where that is not ascending
+            dims = tuple(int(k) for k in named[2].split(",")) if named[2] else sizes
+            ids = np.arange(math.prod(sizes)).reshape(dims)  # the mesh's devices in its own order, where that is not ascending
             ids = ids.transpose([int(k) for k in named[3].split(",")]) if named[3] else ids
             return ids.reshape(sizes).transpose(axes).reshape(-1, n).tolist(), True
     listed = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", i.attributes)
