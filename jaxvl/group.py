@@ -50,11 +50,10 @@ def run(command: list[str], *, processes: int, restarts: int, grace: float, paus
     try:
         while True:
             members = _start(command, shares, workdir)
-            status, words = _watch(members, signals, grace)
+            status = _watch(members, signals, grace)
             status = 128 - status if status < 0 else status
             if signals or status in (0, TERMINATED):
                 return status
-            say(words)
             newest = _newest(workdir)
             # A run that gets on may be restarted for months; one that fails before it has saved anything new is broken.
             attempt, reached = (1, newest) if newest > reached else (attempt + 1, reached)
@@ -107,31 +106,30 @@ def _start(command: list[str], shares: list[dict[str, str]], workdir: Path | Non
     return members
 
 
-def _watch(members: list[subprocess.Popen], signals: list[int], grace: float) -> tuple[int, str]:
-    """Wait until all members have ended: (exit status of the first that failed or 0, what happened in words).
+def _watch(members: list[subprocess.Popen], signals: list[int], grace: float) -> int:
+    """Wait until all members have ended: the exit status of the first that failed, which is said when it is seen, or 0.
 
     A first signal is passed on to all, which then save at one step and end; a second one kills them.
     """
-    first, words, deadline, passed = 0, "", float("inf"), 0
-    while any(member.poll() is None for member in members):
+    first, deadline, passed = 0, float("inf"), 0
+    while True:
         if len(signals) > passed:
             passed = len(signals)
             _send(members, signal.SIGTERM if passed == 1 else signal.SIGKILL)
-        for i, member in enumerate(members):
-            status = member.poll()
+        statuses = [member.poll() for member in members]
+        for i, status in enumerate(statuses):
             if status and not first:
-                first, words = status, f"process {i} of {len(members)} {_ended(status)}"
+                first = status
                 # Members that SIGTERM ended do so together; any other end leaves the rest waiting for a peer that is gone.
                 deadline = time.monotonic() + grace
                 if status not in (TERMINATED, -signal.SIGTERM):
+                    say(f"process {i} of {len(members)} {_ended(status)}")
                     _send(members, signal.SIGTERM)
+        if None not in statuses:
+            return first
         if time.monotonic() > deadline:
             _send(members, signal.SIGKILL)
         time.sleep(POLL)
-    failed = [(i, member.returncode) for i, member in enumerate(members) if member.returncode]
-    if not first and failed:
-        first, words = failed[0][1], f"process {failed[0][0]} of {len(members)} {_ended(failed[0][1])}"
-    return first, words
 
 
 def _send(members: list[subprocess.Popen], number: int) -> None:
