@@ -2,9 +2,10 @@
 
 The step is traced, and its equations are walked in order with the arrays alive at each. An array that only fusible equations make and read is taken
 to be part of a fused loop and to need no memory; the new state lies where the old one was. An array with an axis of a multiple of the (micro)batch
-is split over the batch axes, one of the shape of a leaf of the state like that leaf, any other is whole on each device. A compiler orders,
-recomputes and pads in ways that this does not know.
+is split over the batch axes, and so is one with neighbouring axes into which it is cut; one of the shape of a leaf of the state is split like that
+leaf, any other is whole on each device. A compiler orders, recomputes and pads in ways that this does not know.
 """
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -35,10 +36,14 @@ def temporaries(plan: Planned, program: Program, mesh: AbstractMesh) -> int:
 
     def split(aval: Any) -> int:
         shape = getattr(aval, "shape", ())
-        count = shards.get(shape) or math.prod(shape) // (parts if rows > 1 and any(n and n % rows == 0 for n in shape) else 1)
+        count = shards.get(shape) or math.prod(shape) // (parts if rows > 1 and _has_rows(shape, rows) else 1)
         return count * _itemsize(aval)
 
     return _peak(closed.jaxpr, split, escaping=False)
+
+
+def _has_rows(shape: tuple[int, ...], rows: int) -> bool:
+    return any(n and n % rows == 0 for n in shape) or any(n * m == rows for n, m in itertools.pairwise(shape))
 
 
 def _itemsize(aval: Any) -> int:

@@ -9,8 +9,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxvl import assembly, config as configs
 from jaxvl.assembly import Parts, Program
-from jaxvl.bench.sizes import Sizes
-from jaxvl.data.text import TRAINED, load_tokenizer
+from jaxvl.bench.sizes import Sizes, tokenizer as sizes_of_tokenizer
+from jaxvl.data.text import load_tokenizer
 from jaxvl.mesh import AXES, MeshOptions, ShardingError, shardings, sizes
 from jaxvl.methods.method import Run
 from jaxvl.optim import frozen
@@ -33,14 +33,9 @@ def planned(recipe: configs.Recipe) -> Planned:
     notes = []
     tokenizer: Any = None
     if recipe.data.captions != "none":
-        o = recipe.tokenizer
-        size = recipe.text.vocab_size or (o.vocab_size if o.name in TRAINED else 0)
-        if o.name not in TRAINED and (Path(o.name).is_dir() or not size):
-            tokenizer = load_tokenizer(o)
-        else:
-            tokenizer = Sizes(size, size - 1, size - 2, o.context_length)
-        if o.prompt and isinstance(tokenizer, Sizes):
-            notes.append(f"the tokenizer {o.name} is not here: every prompt is counted whole, also what a run reads only once a step")
+        tokenizer = load_tokenizer(recipe.tokenizer) if Path(recipe.tokenizer.name).is_dir() else sizes_of_tokenizer(recipe)
+        if recipe.tokenizer.prompt and isinstance(tokenizer, Sizes):
+            notes.append(f"the tokenizer {recipe.tokenizer.name} is not here: its prompt counts a token a word")
     classes = getattr(recipe.method, "classes", 0)
     steps = recipe.train.steps or 10_000 + 2 * recipe.optim.warmup_steps  # of epochs of unknown data; only the learning rate would differ
     return Planned(assembly.assemble(recipe, tokenizer, Run(steps=steps, classes=classes)), steps, tuple(notes))
