@@ -21,8 +21,9 @@ import numpy as np
 import scipy
 import scipy.sparse as sp
 
+from jaxvl.evals import topk
 from jaxvl.mesh import MeshOptions, make_mesh
-from jaxvl.search import build, dense, lexical
+from jaxvl.search import build, lexical
 from jaxvl.search.backends import AT, POSTINGS, PRUNED, Search, csr, open_backend, vectors
 from jaxvl.search.extras import EXTRAS, LIBRARIES
 from jaxvl.search.lexical import Pruning
@@ -160,10 +161,10 @@ def _on_device(rows: sp.csr_array, queries: list[sp.csr_array], mesh: Any, round
     """The dense form of lexical vectors, of as many as DEVICE_BYTES hold where there is no accelerator."""
     limited = jax.devices()[0].platform == "cpu"
     total = min(rows.shape[0], DEVICE_BYTES // (4 * rows.shape[1])) if limited else rows.shape[0]
-    placed = dense.place(lambda start, stop: rows[start:stop].toarray(), total, rows.shape[1], mesh)
-    times = _alternated({"device": lambda q: dense.top(placed, q.toarray(), AT)}, queries[:SLOW], rounds)
+    placed = topk.place(lambda start, stop: rows[start:stop].toarray(), total, rows.shape[1], mesh)
+    times = _alternated({"device": lambda q: topk.top(placed, q.toarray(), AT)}, queries[:SLOW], rounds)
     truth = lexical.exact(lexical.invert(rows[:total]), sp.vstack(queries[:SLOW], format="csr"), AT)
-    found = dense.top(placed, sp.vstack(queries[:SLOW], format="csr").toarray(), AT)
+    found = lexical.Hits(*topk.top(placed, sp.vstack(queries[:SLOW], format="csr").toarray(), AT))
     return {**_latency(times["device"]), "recall@10": _recall(found, truth), "vectors": total, "memory_bytes": int(placed.items.nbytes)}
 
 

@@ -16,7 +16,8 @@ from jaxvl.data.dataset import DataOptions, Dataset
 from jaxvl.evals.embed import Embedded, Model, embed_samples, open_for, records
 from jaxvl.evals.metric_learning import nmi
 from jaxvl.evals.ranking import recall_at
-from jaxvl.evals.streamed import BLOCK, streamed_ranks, streamed_top
+from jaxvl.evals.streamed import streamed_ranks
+from jaxvl.evals.topk import BLOCK, nearest, place_array, top as top_of
 from jaxvl.gallery import Gallery, Hit, Query
 from jaxvl.losses.classes import PER_DEVICE
 from jaxvl.losses.cluster import How, lloyd
@@ -101,9 +102,10 @@ def places(
     out = Places(np.full(len(queries), np.nan), np.full(len(queries), np.nan))
     k = int(total.max(initial=0))
     place = np.arange(1, k + 1)
+    placed = place_array(items, mesh, block=block)
     for start in range(0, len(queries) if k else 0, block):
         rows = slice(start, start + block)
-        top, _ = streamed_top(queries[rows], items, min(k + own, len(items)), mesh, block=block)
+        top, _ = top_of(placed, queries[rows], k + own)
         if own:  # the query itself, or where equals stand before it the last
             self = top == start + np.arange(len(top))[:, None]
             self[:, -1] |= ~self.any(1)
@@ -151,7 +153,7 @@ def gallery(
     chosen = np.unique(np.linspace(0, len(queries.images) - 1, options.show).round().astype(int))
     own = items is None or item_labels is None
     found, found_labels = (queries, labels) if items is None or item_labels is None else (items, item_labels)
-    top, scores = streamed_top(queries.images[chosen], found.images, min(HITS + own, len(found.images)), model.mesh)
+    top, scores = nearest(queries.images[chosen], found.images, min(HITS + own, len(found.images)), model.mesh)
     first = None if own else streamed_ranks(queries.images[chosen], found.images, labels[chosen], found_labels, model.mesh).stable
     shown = lambda dataset, embedded, rows: [picture for picture, _ in records(dataset, embedded.ids[rows])]
     rows = []

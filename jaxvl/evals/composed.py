@@ -16,7 +16,8 @@ from jaxvl.data.triplets import AND, Texts, Triplet
 from jaxvl.evals import embed, ranking
 from jaxvl.evals.embed import Embedded, Model, embed_samples, embed_texts, open_for, records
 from jaxvl.evals.ranking import Ranks
-from jaxvl.evals.streamed import streamed_ranks, streamed_top
+from jaxvl.evals.streamed import streamed_ranks
+from jaxvl.evals.topk import nearest
 from jaxvl.gallery import Gallery, Hit, Query
 
 HITS = 5  # retrieved items shown for a query
@@ -182,7 +183,7 @@ def show(
 ) -> Gallery:
     """Composed queries evenly spread over all of them, with the images they retrieve; the reference may be among those shown."""
     chosen = np.unique(np.linspace(0, len(queries) - 1, options.show).round().astype(int))
-    top, scores = streamed_top(queries[chosen], items, min(HITS, len(items)), model.mesh)
+    top, scores = nearest(queries[chosen], items, min(HITS, len(items)), model.mesh)
     needed = np.unique(np.concatenate([gallery[top].ravel(), asked.answers[chosen, 0]]))
     seen = dict(zip(needed.tolist(), (picture for picture, _ in records(dataset, needed)), strict=True))
     rows = []

@@ -18,7 +18,7 @@ from jaxvl.data.stream import eval_batches
 from jaxvl.evals import ranking, retrieval
 from jaxvl.evals.embed import Embedded, Model, embed_samples, fetch, whole_batch
 from jaxvl.evals.ranking import Ranks
-from jaxvl.evals.streamed import streamed_top
+from jaxvl.evals.topk import nearest
 from jaxvl.gallery import Gallery
 from jaxvl.mesh import BATCH, place, process_rows
 from jaxvl.methods.method import Method, PairScore
@@ -104,9 +104,9 @@ def candidate_ranks(candidates: Candidates, query_group: np.ndarray, item_group:
 def rerank(options: RerankOptions, model: Model, dataset: Dataset, embedded: Embedded) -> tuple[Candidates, Candidates]:
     """The candidates of images among texts and of texts among images, with their match logits."""
     images, texts = len(embedded.images), len(embedded.texts)
-    to_text, _ = streamed_top(embedded.images, embedded.texts, min(options.k_test, texts), model.mesh)
-    to_image, _ = streamed_top(embedded.texts, embedded.images, min(options.k_test, images), model.mesh)
-    asked = np.arange(images)[:, None] * texts + to_text, to_image.astype(np.int64) * texts + np.arange(texts)[:, None]
+    to_text, _ = nearest(embedded.images, embedded.texts, min(options.k_test, texts), model.mesh)
+    to_image, _ = nearest(embedded.texts, embedded.images, min(options.k_test, images), model.mesh)
+    asked = np.arange(images)[:, None] * texts + to_text, to_image * texts + np.arange(texts)[:, None]
     pairs, place_of = np.unique(np.concatenate([x.ravel() for x in asked]), return_inverse=True)
     logits = score_pairs(options, model, dataset, embedded, *np.divmod(pairs, texts))[place_of]
     return Candidates(to_text, logits[: to_text.size].reshape(to_text.shape)), Candidates(to_image, logits[to_text.size :].reshape(to_image.shape))

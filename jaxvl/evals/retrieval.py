@@ -9,7 +9,8 @@ from jaxvl.data.dataset import DataOptions, Dataset
 from jaxvl.evals import ranking
 from jaxvl.evals.embed import Embedded, Model, embed_samples, open_for, records
 from jaxvl.evals.ranking import Ranks
-from jaxvl.evals.streamed import streamed_ranks, streamed_top
+from jaxvl.evals.streamed import streamed_ranks
+from jaxvl.evals.topk import nearest
 from jaxvl.gallery import Gallery, Hit, Query
 
 HITS = 5  # retrieved items shown for a query
@@ -101,5 +102,5 @@ def by_cosine(model: Model, embedded: Embedded, way: str, chosen: np.ndarray) ->
     index = np.arange(len(embedded.images))
     sides = (embedded.images, index), (embedded.texts, embedded.owner)
     (queries, own), (items, groups) = sides if way == "image to text" else sides[::-1]
-    top, scores = streamed_top(queries[chosen], items, min(HITS, len(items)), model.mesh)
+    top, scores = nearest(queries[chosen], items, min(HITS, len(items)), model.mesh)
     return Retrieved(top, scores, streamed_ranks(queries[chosen], items, own[chosen], groups, model.mesh).stable)

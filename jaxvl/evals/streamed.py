@@ -1,4 +1,4 @@
-"""Ranks and best items from embeddings, in blocks: queries split over the devices, the gallery passing by, counts kept.
+"""Ranks from embeddings, in blocks: queries split over the devices, the gallery passing by, counts kept.
 
 No array has a query and an item axis beyond one block of [block / devices, block] scores a device. Embeddings stay on the host.
 """
@@ -13,8 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from jaxvl.evals.ranking import Ranks, finish
-
-BLOCK = 4096
+from jaxvl.evals.topk import BLOCK, check_finite
 
 
 class Counts(NamedTuple):
@@ -51,11 +50,14 @@ def streamed_ranks(
 
     Raises ValueError for embeddings that are not finite or whose widths differ.
     """
-    _check(queries, gallery)
+    check_finite("query", queries)
+    check_finite("gallery", gallery)
+    if queries.shape[1] != gallery.shape[1]:
+        raise ValueError(f"queries {queries.shape} and gallery {gallery.shape} must be [rows, d] of one width d")
     if leave_one_out and len(queries) != len(gallery):
         raise ValueError(f"leave_one_out ranks rows against themselves, but there are {len(queries)} queries and {len(gallery)} items")
     without = np.arange(len(queries)) if leave_one_out else without
-    place, count = _split(mesh), _programs(mesh)[0]
+    place, count = _split(mesh), _program(mesh)
     parts: list[Counts] = []
     for start, rows in _chunks(queries, block, mesh):
         zeros = np.zeros(len(rows), np.int32)
@@ -73,36 +75,16 @@ def streamed_ranks(
     return finish(first >= 0, above, level, before)
 
 
-def streamed_top(queries: np.ndarray, gallery: np.ndarray, k: int, mesh: Mesh, *, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` items of the highest score for each query, best first, equals by index: (ids int32, scores float32), [query, k]."""
-    _check(queries, gallery)
-    if not 1 <= k <= len(gallery):
-        raise ValueError(f"k={k} must lie between 1 and the {len(gallery)} items of the gallery")
-    place, merge = _split(mesh), _programs(mesh)[1]
-    parts: list[tuple[jax.Array, jax.Array]] = []
-    for _, rows in _chunks(queries, block, mesh):
-        top = place(np.full((len(rows), k), -1, np.int32)), place(np.full((len(rows), k), -np.inf, np.float32))
-        placed = place(rows)
-        for at, items, groups in _blocks(gallery, np.zeros(len(gallery), np.int32), block, mesh):
-            last, top = top, merge(*top, placed, items, groups, at)
-            jax.block_until_ready(last)
-        parts.append(top)
-    ids, scores = (np.concatenate(x)[: len(queries)] for x in zip(*_fetch(parts), strict=True))
-    return ids, scores
-
-
 @functools.cache
-def _programs(mesh: Mesh) -> tuple[Callable, Callable]:
-    """`_pass` and `_merge` with their shardings pinned: left open, those of a result could call for a second program."""
+def _program(mesh: Mesh) -> Callable:
+    """`_pass` with its shardings pinned: left open, those of a result could call for a second program."""
     rows, every = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
-    count = jax.jit(_pass, in_shardings=(rows,) * 5 + (every,) * 4, out_shardings=rows)
-    merge = jax.jit(_merge, in_shardings=(rows,) * 3 + (every,) * 3, out_shardings=rows)
-    return count, merge
+    return jax.jit(_pass, in_shardings=(rows,) * 5 + (every,) * 4, out_shardings=rows)
 
 
 def _pass(counts, queries, query_group, own, answers, items, groups, start, counting) -> Counts:  # type: ignore[no-untyped-def]
     """One block of the gallery. First pass (counting=False): the best right item; second: the wrong items around it."""
-    scores = jax.lax.optimization_barrier(_scores(queries, items))  # [query, item]
+    scores = jax.lax.optimization_barrier(jnp.dot(queries, items.T, precision="highest", preferred_element_type=jnp.float32))  # [query, item]
     index = start + jnp.arange(len(items))  # [item]
     valid = (groups >= 0) & (index != own[:, None])
     right = groups == query_group[:, None]
@@ -121,17 +103,6 @@ def _pass(counts, queries, query_group, own, answers, items, groups, start, coun
     before = level & (index < counts.first[:, None])
     counted = counts._replace(above=counts.above + above.sum(1), level=counts.level + level.sum(1), before=counts.before + before.sum(1))
     return jax.tree.map(lambda a, b: jnp.where(counting, a, b), counted, found)
-
-
-def _merge(ids, best, queries, items, groups, start) -> tuple[jax.Array, jax.Array]:  # type: ignore[no-untyped-def]
-    scores = jnp.where(groups >= 0, _scores(queries, items), -jnp.inf)
-    index = jnp.broadcast_to(start + jnp.arange(len(items), dtype=jnp.int32), scores.shape)
-    best, at = jax.lax.top_k(jnp.concatenate([best, scores], 1), ids.shape[1])  # earlier items stand first and win ties
-    return jnp.take_along_axis(jnp.concatenate([ids, index], 1), at, 1), best
-
-
-def _scores(queries: jax.Array, items: jax.Array) -> jax.Array:
-    return jnp.dot(queries, items.T, precision="highest", preferred_element_type=jnp.float32)
 
 
 def _chunks(queries: np.ndarray, block: int, mesh: Mesh) -> Iterator[tuple[int, np.ndarray]]:
@@ -168,14 +139,3 @@ def _pad(x: np.ndarray, size: int, fill: int) -> np.ndarray:
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def _check(queries: np.ndarray, gallery: np.ndarray) -> None:
-    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
-        raise ValueError(f"queries {queries.shape} and gallery {gallery.shape} must be [rows, d] of one width d")
-    for what, x in ("query", queries), ("gallery", gallery):
-        if not len(x):
-            raise ValueError(f"there is no {what} embedding")
-        broken = int((~np.isfinite(x)).any(1).sum())
-        if broken:  # NaN is neither above nor below anything, so every rank would be perfect
-            raise ValueError(f"{broken} of {len(x)} {what} embeddings are not finite; the model has diverged or an input is broken")

@@ -10,7 +10,7 @@ import numpy as np
 from jaxvl.data.dataset import DataOptions, Dataset
 from jaxvl.data.text import prompts
 from jaxvl.evals.embed import Embedded, Model, embed_samples, embed_texts, open_for, records
-from jaxvl.evals.streamed import streamed_top
+from jaxvl.evals.topk import nearest
 from jaxvl.gallery import Gallery, Hit, Query
 
 HITS = 5  # classes shown for an image
@@ -45,7 +45,7 @@ def evaluate(name: str, options: ZeroshotOptions, model: Model) -> tuple[dict[st
     embedded = embed_samples(model, dataset, options.batch_size)
     names = class_names(options, dataset, embedded.labels)
     weights = class_embeddings(model, names, options.templates, options.batch_size)
-    top, scores = streamed_top(embedded.images, weights, min(max(*options.ks, HITS), len(names)), model.mesh)
+    top, scores = nearest(embedded.images, weights, min(max(*options.ks, HITS), len(names)), model.mesh)
     right = top == embedded.labels[:, None]  # [image, place]
     numbers = {f"acc@{k}": float(right[:, :k].any(1).mean()) for k in options.ks}
     numbers["class_acc@1"] = float(np.nanmean(per_class(right[:, 0], embedded.labels, len(names))))

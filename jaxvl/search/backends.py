@@ -6,7 +6,8 @@ import numpy as np
 import scipy.sparse as sp
 from jax.sharding import Mesh
 
-from jaxvl.search import dense, lexical
+from jaxvl.evals import topk
+from jaxvl.search import lexical
 from jaxvl.search.extras import EXTRAS
 from jaxvl.search.lexical import Hits, Pruning
 from jaxvl.search.store import Index
@@ -32,12 +33,12 @@ def open_backend(index: Index, name: str, mesh: Mesh) -> Search:
         return EXTRAS[name].open(vectors(index), index.folder)
     if kind == "dense":
         rows = vectors(index)
-        placed = dense.place(lambda start, stop: rows[start:stop], index.total, rows.shape[1], mesh)
-        return lambda queries, k: dense.top(placed, queries, k)
+        placed = topk.place(lambda start, stop: rows[start:stop], rows.shape[0], rows.shape[1], mesh)
+        return lambda queries, k: Hits(*topk.top(placed, queries, k))
     if name == "device":
         rows = vectors(index)
-        placed = dense.place(lambda start, stop: rows[start:stop].toarray(), index.total, rows.shape[1], mesh)
-        return lambda queries, k: dense.top(placed, queries.toarray(), k)
+        placed = topk.place(lambda start, stop: rows[start:stop].toarray(), rows.shape[0], rows.shape[1], mesh)
+        return lambda queries, k: Hits(*topk.top(placed, queries.toarray(), k))
     if name == "two-stage":
         rows, pruned, pruning = vectors(index), csr(index, PRUNED), Pruning(**index.meta["pruning"])
         return lambda queries, k: lexical.two_stage(pruned, rows, queries, k, pruning)

@@ -20,10 +20,9 @@ AHEAD = 8  # batches of texts that are tokenised together
 
 
 class Items(NamedTuple):
-    """what: "images" or "texts". total: how many there are, unusable ones included. batches: (float32 [b, d], their names)."""
+    """what: "images" or "texts". batches: (float32 [b, d], their names)."""
 
     what: str
-    total: int
     batches: Iterator[tuple[np.ndarray, list[str]]]
 
 
@@ -40,13 +39,13 @@ def items(model: Model, source: str, batch_size: int) -> Items:
             total = sum(1 for line in file if line.strip())
         if not total:
             raise ValueError(f"{source} has no line of text")
-        return Items("texts", total, _texts(model, path, batch_size))
+        return Items("texts", _texts(model, path, batch_size, total))
     if path.is_dir() and not any(path.glob("*.tar")):
         if not images_below(path):
             raise ValueError(f"{source} is a folder with neither images nor *.tar; a file of texts ends in {' or '.join(TEXTS)}")
         source = f"{SCHEME}{path.absolute()}"
     dataset = open_for(model.data, source, captions="none")
-    return Items("images", len(dataset), _images(model, dataset, batch_size))
+    return Items("images", _images(model, dataset, batch_size))
 
 
 def _images(model: Model, dataset: Dataset, batch_size: int) -> Iterator[tuple[np.ndarray, list[str]]]:
@@ -68,15 +67,13 @@ def _images(model: Model, dataset: Dataset, batch_size: int) -> Iterator[tuple[n
         say(f"{bad:,} of {len(dataset):,} images cannot be used and are not in the index ({why or 'found so before'})")
 
 
-def _texts(model: Model, path: Path, batch_size: int) -> Iterator[tuple[np.ndarray, list[str]]]:
+def _texts(model: Model, path: Path, batch_size: int, total: int) -> Iterator[tuple[np.ndarray, list[str]]]:
     def lines() -> Iterator[str]:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _text(line, f"{path}:{number}", path.suffix == ".jsonl")
 
-    with open(path, "rb") as file:
-        total = sum(1 for line in file if line.strip())
     part: list[str] = []
     with progress(total=total, text="embedding texts", unit="texts") as bar:
         for text in lines():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from jaxvl.evals import ranking, streamed
+from jaxvl.evals import ranking, streamed, topk
 from jaxvl.mesh import MeshOptions, make_mesh
 
 MESHES = [MeshOptions(), MeshOptions(data=2, fsdp=2, tensor=2), MeshOptions(data=1)]
@@ -71,30 +71,34 @@ def test_the_two_passes_score_a_pair_alike(block: int) -> None:
     assert (ranks.optimistic == 0).all() and (ranks.stable == 0).all() and (ranks.pessimistic == 1).all()
 
 
-@pytest.mark.parametrize("options", MESHES[:2], ids=str)
-def test_streamed_top_is_a_stable_sort(options: MeshOptions) -> None:
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_the_nearest_are_those_of_a_stable_sort(devices: int) -> None:
+    """A count that no number of devices divides, blocks that do not fill, many equal scores, and k beyond a device's share and beyond all."""
     rng = np.random.default_rng(2)
-    q, g = rng.integers(-2, 3, (21, 3)), rng.integers(-2, 3, (50, 3))
-    ids, scores = streamed.streamed_top(q, g, 7, mesh(options), block=16)
-    order = np.argsort(-(q @ g.T), axis=1, kind="stable")[:, :7]
-    np.testing.assert_array_equal(ids, order)
-    np.testing.assert_array_equal(scores, np.take_along_axis(q @ g.T, order, 1))
+    queries, items = rng.integers(-2, 3, (21, 4)), rng.integers(-2, 3, (37, 4))
+    placed = topk.place_array(items, make_mesh(MeshOptions(), jax.devices()[:devices]), block=3)
+    assert placed.items.addressable_shards[0].data.shape[0] * devices == placed.items.shape[0]
+    order, before = np.argsort(-(queries @ items.T), axis=1, kind="stable"), topk._top._cache_size()
+    for k in (1, 10, 50):
+        ids, scores = topk.top(placed, queries, k, block=8)
+        np.testing.assert_array_equal(ids, order[:, :k])
+        np.testing.assert_array_equal(scores, np.take_along_axis(queries @ items.T, order[:, :k], 1))
+    assert topk._top._cache_size() == before + 3  # one program for all blocks of queries
 
 
 def test_one_program_of_one_block_serves_all_blocks_and_both_passes() -> None:
     block, rows, d = 64, 500, 8
     x, group = np.random.default_rng(3).normal(size=(rows, d)), np.arange(rows)
-    programs = streamed._programs(mesh(MESHES[1]))
-    before = [p._cache_size() for p in programs]
+    program = streamed._program(mesh(MESHES[1]))
+    before = program._cache_size()
     streamed.streamed_ranks(x, x, group, group, mesh(MESHES[1]), block=block)
-    streamed.streamed_top(x, x, 3, mesh(MESHES[1]), block=block)
-    assert [p._cache_size() for p in programs] == [n + 1 for n in before]
+    assert program._cache_size() == before + 1
 
     shape = lambda *s, t=np.int32: jax.ShapeDtypeStruct(s, t)
     floats = shape(block, d, t=np.float32)
     counts = streamed.Counts(shape(block, t=np.float32), *(shape(block) for _ in range(4)))
     args = counts, floats, shape(block), shape(block), None, floats, shape(block), shape(), shape(t=np.bool_)
-    assert programs[0].lower(*args).compile().memory_analysis().temp_size_in_bytes < 40 * block * block / 8
+    assert program.lower(*args).compile().memory_analysis().temp_size_in_bytes < 40 * block * block / 8
 
 
 def test_what_has_no_rank_is_refused() -> None:
@@ -107,9 +111,9 @@ def test_what_has_no_rank_is_refused() -> None:
     with pytest.raises(ValueError, match="1 of 8 scores are NaN"):
         ranking.exact_ranks(broken, np.ones((4, 2), bool))
     with pytest.raises(ValueError, match="no gallery embedding"):
-        streamed.streamed_top(x, x[:0], 1, mesh(MESHES[0]))
+        topk.nearest(x, x[:0], 1, mesh(MESHES[0]))
     with pytest.raises(ValueError, match=r"k=5 must lie between 1 and the 4 items"):
-        streamed.streamed_top(x, x, 5, mesh(MESHES[0]))
+        topk.nearest(x, x, 5, mesh(MESHES[0]))
     with pytest.raises(ValueError, match="folds=3 does not divide 4 images"):
         list(ranking.folds(group, 4, 3))
 

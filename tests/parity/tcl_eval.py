@@ -8,7 +8,7 @@ import numpy as np
 from jaxvl.data import randaugment as augment, text
 from jaxvl.evals import ranking
 from jaxvl.evals.rerank import OUTSIDE
-from jaxvl.evals.streamed import streamed_top
+from jaxvl.evals.topk import nearest
 from jaxvl.interop.positions import resize_table
 from jaxvl.mesh import MeshOptions, make_mesh
 from jaxvl.methods.method import Method
@@ -76,7 +76,7 @@ def two_stage(case: Case, method: Method, params: Any, k: int) -> None:
         kept, words = jax.jit(face.image_side)(params, images), jax.jit(face.text_side)(params, tokens)
         mesh = make_mesh(MeshOptions())
         for way, (a, b) in (("i2t", (v, t)), ("t2i", (t, v))):
-            items, _ = streamed_top(a, b, k, mesh)
+            items, _ = nearest(a, b, k, mesh)
             queries = np.repeat(np.arange(count), k)
             image, text = (queries, items.ravel()) if way == "i2t" else (items.ravel(), queries)
             logits = jax.jit(face.score)(params, kept, jax.tree.map(lambda x: x[text], words), jnp.asarray(image)[None])  # noqa: B023

@@ -4,8 +4,7 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings, strategies as st
 
-from jaxvl.mesh import MeshOptions, make_mesh
-from jaxvl.search import backends, dense, lexical
+from jaxvl.search import backends, lexical
 from jaxvl.search.lexical import Pruning
 
 
@@ -85,24 +84,6 @@ def test_what_cannot_be_asked_is_refused():
         lexical.exact(postings, csr(np.eye(3)), 0)
     with pytest.raises(ValueError, match="keeps 0 candidates"):
         lexical.check(Pruning(1, 1, 0))
-
-
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
-def test_devices_find_what_one_sort_finds(devices):
-    """A count that no number of devices divides, blocks that do not fill, many equal scores, and k beyond a device's share and beyond all."""
-    import jax
-
-    rng = np.random.default_rng(1)
-    rows = rng.integers(-2, 3, (37, 4)).astype(np.float32)
-    queries = rng.integers(-2, 3, (3, 4)).astype(np.float32)
-    mesh = make_mesh(MeshOptions(), jax.devices()[:devices])
-    placed = dense.place(lambda start, stop: rows[start:stop], len(rows), 4, mesh, block=3)
-    assert placed.items.addressable_shards[0].data.shape[0] * devices == placed.items.shape[0]
-    for k in (1, 10, 50):
-        hits = dense.top(placed, queries, k)
-        ids, scores = reference(queries @ rows.T, k)
-        np.testing.assert_array_equal(hits.ids, ids)
-        np.testing.assert_array_equal(hits.scores, scores)
 
 
 def test_recall_leaves_the_asking_item_out_and_counts_equals():

@@ -1,6 +1,6 @@
-"""Exact search on devices: items stay there, split over them, each device finds its best and these are merged.
+"""The nearest items of queries, exactly: items stay on the devices, split over them, each finds its best and these are merged.
 
-No array has a query and an item axis beyond one block of a device's items.
+No array has a query and an item axis beyond one block of each.
 """
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +12,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from jaxvl.search.lexical import Hits
-
-BLOCK = 4096  # items that a device scores at a time
+BLOCK = 4096  # queries, and items of each device, that are scored at a time
 
 
 class Placed(NamedTuple):
@@ -48,17 +46,47 @@ def place(read: Callable[[int, int], np.ndarray], count: int, width: int, mesh: 
     return Placed(items, count, block, mesh)
 
 
-def top(placed: Placed, queries: np.ndarray, k: int) -> Hits:
-    """The k items of the greatest product with each of queries [query, d]; products are float32 at the highest precision."""
+def place_array(gallery: np.ndarray, mesh: Mesh, *, block: int = BLOCK) -> Placed:
+    """`place` of an array [item, d]. Raises ValueError as it does, and for items that are not finite."""
+    check_finite("gallery", gallery)
+    return place(lambda start, stop: gallery[start:stop], gallery.shape[0], gallery.shape[1], mesh, block=block)
+
+
+def top(placed: Placed, queries: np.ndarray, k: int, *, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
+    """(ids int64, scores float32), [query, k]: the k items, or all where there are fewer, of the greatest product with each of `queries` [query, d], best
+    first, equals by index. Products are float32 at the highest precision. Raises ValueError for queries that are not finite or of another width."""
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
     if queries.ndim != 2 or queries.shape[1] != placed.items.shape[1]:
-        raise ValueError(f"queries are {queries.shape}; the index has vectors of {placed.items.shape[1]} numbers")
-    k = min(k, placed.total)
+        raise ValueError(f"queries are {queries.shape}; the items have {placed.items.shape[1]} numbers each")
+    check_finite("query", queries)
     every = NamedSharding(placed.mesh, P())
-    asked = jax.make_array_from_callback(queries.shape, every, lambda index: np.asarray(queries, np.float32)[index])
-    ids, scores = _top(placed.items, asked, total=placed.total, block=placed.block, k=k, mesh=placed.mesh)
-    return Hits(np.asarray(ids).astype(np.int64), np.asarray(scores))
+    size, found = min(block, len(queries)), []
+    for start in range(0, len(queries), size):
+        rows = np.zeros((size, queries.shape[1]), np.float32)  # equally many, so that one program serves
+        rows[: len(queries) - start] = queries[start : start + size]
+        asked = jax.make_array_from_callback(rows.shape, every, rows.__getitem__)
+        found.append(jax.device_get(_top(placed.items, asked, total=placed.total, block=placed.block, k=min(k, placed.total), mesh=placed.mesh)))
+    ids, scores = (np.concatenate(parts)[: len(queries)] for parts in zip(*found, strict=True))
+    return ids.astype(np.int64), scores
+
+
+def nearest(queries: np.ndarray, gallery: np.ndarray, k: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+    """`top` of a gallery [item, d] that is asked once. Raises ValueError as `top` does, and where the gallery has fewer than k items."""
+    placed = place_array(gallery, mesh)
+    if not 1 <= k <= len(gallery):
+        raise ValueError(f"k={k} must lie between 1 and the {len(gallery)} items of the gallery")
+    return top(placed, queries, k)
+
+
+def check_finite(what: str, rows: np.ndarray) -> None:
+    """Raises ValueError unless `rows` [row, d] are embeddings that can be compared."""
+    if rows.ndim != 2:
+        raise ValueError(f"{what} embeddings are {rows.shape}; they must be [rows, d]")
+    if not len(rows):
+        raise ValueError(f"there is no {what} embedding")
+    if broken := int((~np.isfinite(rows)).any(1).sum()):  # NaN is neither above nor below anything, so every rank would be perfect
+        raise ValueError(f"{broken} of {len(rows)} {what} embeddings are not finite; the model has diverged or an input is broken")
 
 
 @partial(jax.jit, static_argnames=("total", "block", "k", "mesh"))
@@ -93,4 +121,4 @@ def _fits(size: int, mesh: Mesh, what: str) -> None:
         stats = device.memory_stats() or {}
         room = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
         if stats.get("bytes_limit") and size > room:
-            raise ValueError(f"{what} over {mesh.size} devices are {size / 2**30:.1f} GiB each, and {device} has {room / 2**30:.1f} GiB left; use more devices or --backend exact")
+            raise ValueError(f"{what} over {mesh.size} devices are {size / 2**30:.1f} GiB each, and {device} has {room / 2**30:.1f} GiB left; use more devices")
