@@ -17,7 +17,7 @@ from jaxvl.report.metrics import read_metrics
 from jaxvl.sweep import folder as folders
 
 pytestmark = pytest.mark.skipif("JAXVL_FAULTS" not in os.environ, reason="twelve trainings, twice: asked for by JAXVL_FAULTS")
-SMALL = ("train.steps=24", "train.batch_size=16", "optim.warmup_steps=4", "evals.val.every=6", "evals.val.source='glyphs://val-seen?size=60'", "data.source='glyphs://train?size=200'",
+SMALL = ("train.steps=24", "train.batch_size=16", "optim.warmup_steps=4", "evals.val.every=6", "evals.val.source=glyphs://val-seen?size=60", "data.source=glyphs://train?size=200",
          "image.depth=1", "image.width=48", "text.width=48", "method.width=32", "checkpoint.every=6", "log.every=6", "log.tensorboard=False", "log.html=False")  # fmt: skip
 
 
