@@ -1,7 +1,8 @@
 """ALBEF (Li et al. 2021) on the data of tcl_4m: one view of an image, alignment across modalities alone, weaker augmentation.
 
-    jaxvl train --config=configs/albef_4m.py --workdir=/runs/albef_4m
+jaxvl train --config=configs/albef_4m.py --workdir=/runs/albef_4m
 """
+
 from ml_collections import ConfigDict
 from tcl_4m import get_config as base
 

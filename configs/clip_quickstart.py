@@ -1,7 +1,8 @@
 """CLIP on the embedded glyphs: a first run that ends with a model in minutes on two CPU cores.
 
-    launch/quickstart
+launch/quickstart
 """
+
 from ml_collections import ConfigDict
 
 
@@ -9,7 +10,9 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.method = dict(name="clip", width=96)
-    config.image = dict(variant="", patch=10, width=96, depth=3, heads=3, mlp_dim=384, pool="mean", class_tokens=0, act="quick_gelu", dtype="float32")
+    config.image = dict(
+        variant="", patch=10, width=96, depth=3, heads=3, mlp_dim=384, pool="mean", class_tokens=0, act="quick_gelu", dtype="float32"
+    )
     config.text = dict(variant="", width=96, depth=1, heads=3, mlp_dim=384, act="quick_gelu", dtype="float32")
     config.tokenizer = dict(vocab_size=1_024, context_length=16)
     config.data = dict(source="glyphs://train?size=6000", image_size=40, crop_scale=(0.8, 1.0), captions="first")

@@ -5,6 +5,7 @@
 
 So little data asks for small towers, strong augmentation and every caption a picture has.
 """
+
 from ml_collections import ConfigDict
 
 

@@ -5,6 +5,7 @@
 
 Written for 32 or more accelerators; on fewer, raise train.accumulate, which keeps all in-batch negatives.
 """
+
 from ml_collections import ConfigDict
 
 

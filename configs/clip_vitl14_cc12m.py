@@ -1,7 +1,8 @@
 """CLIP ViT-L/14 on CC12M: the B/16 recipe, wider, with parameters sharded and activations rematerialised.
 
-    jaxvl train --config=configs/clip_vitl14_cc12m.py --workdir=/runs/clip_l14
+jaxvl train --config=configs/clip_vitl14_cc12m.py --workdir=/runs/clip_l14
 """
+
 from clip_vitb16_cc12m import get_config as base
 from ml_collections import ConfigDict
 

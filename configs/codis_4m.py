@@ -6,6 +6,7 @@
 The published batch is 64 pairs on each of 8 devices of 40 GB; with fewer devices or less memory raise method.chunks (parts in which
 teacher and fusion layers go through the batch) and train.accumulate (parts of the towers), which change no loss.
 """
+
 from ml_collections import ConfigDict
 
 
@@ -18,7 +19,9 @@ def get_config() -> ConfigDict:
     config.text = dict(variant="B", depth=6, causal=False, pool="first", post_norm=True, embed_norm=True, final_norm=False, eps=1e-12,
                        token_types=2, positions=512, dropout=0.1, attention_dropout=0.1, init_std=0.02)  # fmt: skip
     config.tokenizer = dict(name="google-bert/bert-base-uncased", context_length=25, end=False)
-    config.data = dict(source="/data/{coco,vg,cc3m,sbu}/*.tar", image_size=256, crop_scale=(0.2, 1.0), captions="random", cleaning="albef", group_shards=32)
+    config.data = dict(
+        source="/data/{coco,vg,cc3m,sbu}/*.tar", image_size=256, crop_scale=(0.2, 1.0), captions="random", cleaning="albef", group_shards=32
+    )
     config.augment = dict(flip=0.5, randaugment=2, randaugment_level=7.0, views=1)
     # The optimiser decays everything but vectors in ALBEF; codes are not decayed, since their length means nothing.
     config.optim = dict(learning_rate=1e-4, schedule="epochs", epochs=30, warmup_steps=2_000, warmup_from=0.1, warmup_every=100, end_factor=0.1,

@@ -9,6 +9,7 @@ What the paper leaves open is one override each: --config.method.codes=256, --co
 --config.method.ica_intra=hard, --config.method.code=False (no codebook). Data elsewhere: --config.data.source="mine/train-*.tar" and
 --config.evals.val.source="mine/val-*.tar", --config.evals.rerank.source likewise.
 """
+
 from ml_collections import ConfigDict
 from tcl_small import get_config as base
 

@@ -4,6 +4,7 @@
 
 A given hierarchy is the type of body, the word before the year in a model's name.
 """
+
 from hpl_cub200 import get_config as cub200
 from ml_collections import ConfigDict
 

@@ -10,6 +10,7 @@ or a ResNet-50 with frozen batch normalisation and the sum of average and maximu
 either to config.init.image, the latter's from the safetensors of torchvision or timm. --config.method.hierarchy=given takes the kind of
 bird, the last word of a species' name, --config.method.hierarchy=none is Proxy-Anchor.
 """
+
 from ml_collections import ConfigDict
 
 SPLITS = ("tfds://caltech_birds2011/train?image=image", "tfds://caltech_birds2011/test?image=image")
@@ -29,7 +30,16 @@ def get_config(backbone: str = "dinov2") -> ConfigDict:
     config.method = dict(name="hpl", width=512, classes=100, hierarchy_start=20 * EPOCH)
     config.image = image
     config.init = dict(image=weights)
-    config.data = dict(source=SPLITS, captions="none", label="label", classes="first", hierarchy=r"re:_([^_]+)$", levels=(0,), image_size=224, crop_scale=(0.08, 1.0))
+    config.data = dict(
+        source=SPLITS,
+        captions="none",
+        label="label",
+        classes="first",
+        hierarchy=r"re:_([^_]+)$",
+        levels=(0,),
+        image_size=224,
+        crop_scale=(0.08, 1.0),
+    )
     config.augment = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), flip=0.5)
     config.optim = dict(learning_rate=1e-4, schedule="step", step_every=5 * EPOCH, step_factor=0.5, b2=0.999, eps=1e-8, weight_decay=1e-4, decay="",
                         groups=(*still, ("^(proxies|coarse)", 100.0)), hold=(("^image/(?!head)", EPOCH),), clip_norm=0.0, clip_value=10.0)  # fmt: skip

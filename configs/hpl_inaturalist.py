@@ -6,6 +6,7 @@
 With categories.json in the folder, --config.method.hierarchy=given takes family and order above the species; more levels are more entries
 of data.levels, method.num_coarse and method.level_weights.
 """
+
 from hpl_sop import get_config as sop
 from ml_collections import ConfigDict
 

@@ -5,6 +5,7 @@
 
 A given hierarchy is the category of the garment, men's and women's apart.
 """
+
 from hpl_sop import get_config as sop
 from ml_collections import ConfigDict
 
@@ -17,5 +18,14 @@ def get_config(backbone: str = "dinov2") -> ConfigDict:
     config.data.update(source=("/data/inshop-train",), label="class", hierarchy="hierarchy", levels=(1,))
     config.optim.update(step_every=20 * EPOCH, hold=(("^image/(?!head)", EPOCH),))
     config.checkpoint.update(every=5 * EPOCH)
-    config.evals = dict(test=dict(kind="metric_learning", source="/data/inshop-query", gallery="/data/inshop-gallery", ks=(1, 10, 20, 30, 40, 50), nmi="none", every=10 * EPOCH))
+    config.evals = dict(
+        test=dict(
+            kind="metric_learning",
+            source="/data/inshop-query",
+            gallery="/data/inshop-gallery",
+            ks=(1, 10, 20, 30, 40, 50),
+            nmi="none",
+            every=10 * EPOCH,
+        )
+    )
     return config

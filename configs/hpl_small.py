@@ -12,9 +12,13 @@ and accents taken off, for `emoji` the subgroup. What the paper compares is one 
     --config.method.coarse_mode=free                                    a learned one (the default), or tied, or frozen
     --config.method.base_loss=proxy_nca_pp                              Proxy-NCA++, with any of the above
 """
+
 from ml_collections import ConfigDict
 
-SETS = {"glyphs": dict(source="glyphs://train", val="glyphs://val", level=2, rate=1e-3, steps=450), "emoji": dict(source="train-*.tar", val="val-*.tar", level=1, rate=3e-4, steps=300)}
+SETS = {
+    "glyphs": dict(source="glyphs://train", val="glyphs://val", level=2, rate=1e-3, steps=450),
+    "emoji": dict(source="train-*.tar", val="val-*.tar", level=1, rate=3e-4, steps=300),
+}
 
 
 def get_config(data: str = "glyphs") -> ConfigDict:
@@ -23,7 +27,9 @@ def get_config(data: str = "glyphs") -> ConfigDict:
     config.seed = 0
     config.method = dict(name="hpl", width=64, level_weights=(1.0, 0.25), num_coarse=(0,), hierarchy_start="half")
     # Four large patches: so few images train little more than a perceptron, where small patches and their mean lose what is where.
-    config.image = dict(variant="", patch=20, width=192, depth=2, heads=3, mlp_dim=384, pool="mean", class_tokens=0, head_bias=True, dtype="float32")
+    config.image = dict(
+        variant="", patch=20, width=192, depth=2, heads=3, mlp_dim=384, pool="mean", class_tokens=0, head_bias=True, dtype="float32"
+    )
     config.data = dict(source=of["source"], image_size=40, crop_scale=(0.8, 1.0), captions="none", label="class", classes="all",
                        hierarchy="hierarchy", levels=(of["level"],), per_class=2)  # fmt: skip
     config.augment = dict(mean=(0.95, 0.95, 0.95), std=(0.3, 0.3, 0.3))  # of pictures on white

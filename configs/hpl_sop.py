@@ -4,6 +4,7 @@
 
 TFDS's splits are the published ones. A given hierarchy is the twelve kinds of product.
 """
+
 from hpl_cub200 import get_config as cub200
 from ml_collections import ConfigDict
 
@@ -16,5 +17,9 @@ def get_config(backbone: str = "dinov2") -> ConfigDict:
     config.data.update(source=("tfds://stanford_online_products/train",), label="class_id", classes="all", hierarchy="super_class_id")
     config.optim.update(learning_rate=6e-4, step_every=20 * EPOCH, step_factor=0.25, hold=(("^image/(?!head)", EPOCH),))
     config.checkpoint.update(every=5 * EPOCH)
-    config.evals = dict(test=dict(kind="metric_learning", source="tfds://stanford_online_products/test", label="class_id", ks=(1, 10, 100, 1000), every=10 * EPOCH))
+    config.evals = dict(
+        test=dict(
+            kind="metric_learning", source="tfds://stanford_online_products/test", label="class_id", ks=(1, 10, 100, 1000), every=10 * EPOCH
+        )
+    )
     return config

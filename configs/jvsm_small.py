@@ -6,6 +6,7 @@
 
 Characters of val are never seen in training, and neither are its emoji.
 """
+
 from ml_collections import ConfigDict
 
 
@@ -13,7 +14,9 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.method = dict(name="jvsm", width=128)
-    config.image = dict(variant="", patch=10, width=96, depth=3, heads=3, mlp_dim=384, pool="mean", class_tokens=0, head_bias=True, dtype="float32")
+    config.image = dict(
+        variant="", patch=10, width=96, depth=3, heads=3, mlp_dim=384, pool="mean", class_tokens=0, head_bias=True, dtype="float32"
+    )
     config.text = dict(kind="lstm", word_dim=64, width=128)
     config.tokenizer = dict(name="words", context_length=16, vocab_size=4_096)
     config.data = dict(source="glyphs://train?size=3000", triplets="beside", image_size=40, crop_scale=(0.8, 1.0), crop_ratio=(1.0, 1.0))

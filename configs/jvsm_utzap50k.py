@@ -6,6 +6,7 @@
 
 How the paper made its texts and its split is not known, so these numbers are not its numbers.
 """
+
 from jvsm_fashion200k import get_config as base
 from ml_collections import ConfigDict
 

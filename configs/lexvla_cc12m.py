@@ -9,6 +9,7 @@
 Any other decoder or encoder takes the place of these two by `jaxvl import`, which prints its config.text and config.image. Penalties by one
 override: --config.method.penalty=flops | none. With configs/lexvla_cc12m.py:/data/coco the run measures PatchDis on the 2017 validation images there.
 """
+
 from ml_collections import ConfigDict
 
 
@@ -32,7 +33,11 @@ def get_config(coco: str = "") -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=8, tensor=1)
     config.checkpoint = dict(every=500, keep=3, best="val/i2t/r@1")
     config.log = dict(every=20)
-    config.evals = dict(val=dict(kind="lexical", source="/data/cc12m-val/{00000..00001}.tar", every=1_000, top=(28, 64, 296, 512, 1_081, 3_290, 6_070)))
+    config.evals = dict(
+        val=dict(kind="lexical", source="/data/cc12m-val/{00000..00001}.tar", every=1_000, top=(28, 64, 296, 512, 1_081, 3_290, 6_070))
+    )
     if coco:
-        config.evals.patchdis = dict(kind="patchdis", source=f"{coco}/annotations/instances_val2017.json", images=f"{coco}/val2017", every=0)
+        config.evals.patchdis = dict(
+            kind="patchdis", source=f"{coco}/annotations/instances_val2017.json", images=f"{coco}/val2017", every=0
+        )
     return config

@@ -9,6 +9,7 @@ With ":textbook" the settings are those for its longer captions; ":glyphs" needs
 ablations; configs/sweeps/lexical.py compares them. A decoder that has read nothing knows no words, so it is taught those of its captions
 (method.word_weight), and all of it trains besides its adapters. The two real sets take under two minutes of one core.
 """
+
 from ml_collections import ConfigDict
 
 SETS = {
@@ -26,7 +27,17 @@ def get_config(name: str = "emoji") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     # In some hundred steps the penalties move something only with weights a thousand times the paper's.
-    config.method = dict(name="lexvla", adapter_heads=2, mlp1=128, mlp2=128, frozen_image=False, word_weight=1.0, image_weight=1.0, text_weight=1.0, penalty_warmup=100)
+    config.method = dict(
+        name="lexvla",
+        adapter_heads=2,
+        mlp1=128,
+        mlp2=128,
+        frozen_image=False,
+        word_weight=1.0,
+        image_weight=1.0,
+        text_weight=1.0,
+        penalty_warmup=100,
+    )
     config.image = dict(variant="", patch=chosen["patch"], width=64, depth=2, heads=2, mlp_dim=256, dtype="float32")
     config.text = dict(variant="", width=128, depth=1, heads=2, mlp_dim=256, position="rope", norm="rms", gated=True, act="silu", pool="last",
                        qkv_bias=False, out_bias=False, mlp_bias=False, dtype="float32")  # fmt: skip

@@ -7,6 +7,7 @@
 From published weights: jaxvl import TCL_4M.safetensors --out=imports/tcl, then --config.init.whole=imports/tcl. A sample is an image with
 five captions of which a step sees one, so that five passes over the pairs are 25 over the samples.
 """
+
 from ml_collections import ConfigDict
 from tcl_4m import get_config as base
 

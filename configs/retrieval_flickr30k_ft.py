@@ -6,6 +6,7 @@
 The published zero-shot numbers on this set are of the model fine-tuned on COCO: jaxvl eval --workdir=/runs/tcl_coco with
 --config.evals.test.source=/data/flickr30k-ft/test.
 """
+
 from ml_collections import ConfigDict
 from retrieval_coco_ft import get_config as base
 

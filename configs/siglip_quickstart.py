@@ -1,7 +1,8 @@
 """SigLIP on the embedded glyphs, otherwise as clip_quickstart.
 
-    jaxvl train --config=configs/siglip_quickstart.py --workdir=runs/siglip
+jaxvl train --config=configs/siglip_quickstart.py --workdir=runs/siglip
 """
+
 from clip_quickstart import get_config as base
 from ml_collections import ConfigDict
 

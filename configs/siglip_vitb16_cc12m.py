@@ -3,6 +3,7 @@
     jaxvl train --config=configs/siglip_vitb16_cc12m.py --workdir=/runs/siglip_b16 \
         --config.data.source="/data/cc12m/{00000..01242}.tar"
 """
+
 from ml_collections import ConfigDict
 
 

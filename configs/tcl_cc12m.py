@@ -5,6 +5,7 @@
 No published run stands behind these numbers: batch and rate are four times those of tcl_4m, negatives come from the whole batch, and
 the noise that queues start with counts for nothing.
 """
+
 from ml_collections import ConfigDict
 from tcl_4m import get_config as base
 

@@ -7,6 +7,7 @@
 The paper's ablation is one override: --config.method.align=cma (ALBEF), cma+imc, cma+lmi. Data elsewhere:
 --config.data.source="mine/train-*.tar", and --config.evals.val.source and --config.evals.rerank.source="mine/val-*.tar".
 """
+
 from ml_collections import ConfigDict
 
 
@@ -20,7 +21,9 @@ def get_config(data: str = "emoji") -> ConfigDict:
     config.text = dict(variant="", width=96, depth=1, heads=4, mlp_dim=384, causal=False, pool="first", dtype="float32")
     config.tokenizer = dict(vocab_size=2_048, context_length=12)
     config.data = dict(source=train, image_size=32, crop_scale=(0.8, 1.0), captions="first" if data == "glyphs" else "random")
-    config.augment = dict(views=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), flip=0.0 if data == "glyphs" else 0.5, jitter=(0.2, 0.2, 0.2, 0.0))
+    config.augment = dict(
+        views=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), flip=0.0 if data == "glyphs" else 0.5, jitter=(0.2, 0.2, 0.2, 0.0)
+    )
     config.optim = dict(learning_rate=3e-3, warmup_steps=100, b2=0.999, weight_decay=0.05)
     config.train = dict(batch_size=128, steps=800)
     config.checkpoint = dict(every=200, best="val/rsum")

@@ -15,6 +15,7 @@ What frozen towers make of the rows (`Method.features`) has no gradient and is c
 One microbatch is not encoded twice: the last of pass 1 is the first of pass 3, and keeps its activations in between. With k
 microbatches the arithmetic is (4k - 1) / 3k of that of an uncut step, a backward pass counted as two forward ones: below 4/3.
 """
+
 from collections.abc import Callable
 from typing import Any
 

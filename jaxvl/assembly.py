@@ -1,4 +1,5 @@
 """What is trained: a recipe's method with its tokenizer and shapes, the step that is compiled, and how a run's arrays are read back."""
+
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -108,8 +109,14 @@ def assemble(recipe: configs.Recipe, tokenizer: Tokenizer | None, run: Run = Run
         spec["image_aug"] = spec["image"]
     if recipe.data.triplets:
         if method.compose is None:
-            raise ValueError(f"config.data.triplets is {recipe.data.triplets!r}, but the method {recipe.method.name} composes no queries; leave it empty")
-        for name, plain in (("augment.views", recipe.augment.views == 1), ("augment.hflip", recipe.augment.hflip != "unsided"), ("data.id", not recipe.data.id)):
+            raise ValueError(
+                f"config.data.triplets is {recipe.data.triplets!r}, but the method {recipe.method.name} composes no queries; leave it empty"
+            )
+        for name, plain in (
+            ("augment.views", recipe.augment.views == 1),
+            ("augment.hflip", recipe.augment.hflip != "unsided"),
+            ("data.id", not recipe.data.id),
+        ):
             if not plain:
                 raise ValueError(f"config.{name} cannot be set with data.triplets, whose batches have two images and three texts a row")
         spec["image_reference"] = spec["image"]
@@ -119,7 +126,9 @@ def assemble(recipe: configs.Recipe, tokenizer: Tokenizer | None, run: Run = Run
         spec["id"] = jax.ShapeDtypeStruct((batch,), jnp.int32)
     if missing := {"tokens", "label"} & set(method.reads) - set(spec):
         key = {"tokens": "data.captions must not be none", "label": "data.label must name a field"}
-        raise ValueError(f"config.method.name is {recipe.method.name!r}, which reads {' and '.join(sorted(missing))}: {'; '.join(key[k] for k in sorted(missing))}")
+        raise ValueError(
+            f"config.method.name is {recipe.method.name!r}, which reads {' and '.join(sorted(missing))}: {'; '.join(key[k] for k in sorted(missing))}"
+        )
     return Parts(recipe._replace(text=text, optim=optim, method=options), tokenizer, method, spec, run)
 
 
@@ -144,7 +153,9 @@ def read_params(parts: Parts, workdir: Path, mesh: Mesh | None, *, step: int | N
     lexicon.same(parts.tokenizer, found.meta, workdir)
     if parts.method.with_memory is None:
         return found
-    return found._replace(state=for_faces(parts.method, found.state, checkpoint.restore_memory(folder, shapes["memory"], step=found.step).state))
+    return found._replace(
+        state=for_faces(parts.method, found.state, checkpoint.restore_memory(folder, shapes["memory"], step=found.step).state)
+    )
 
 
 def read_memory(parts: Parts, workdir: Path, *, step: int | None = None) -> Any:
@@ -157,7 +168,10 @@ def _tokenizer(recipe: configs.Recipe, workdir: Path, dataset: Dataset | None) -
     folder = workdir / "tokenizer"
     if not folder.is_dir() and jax.process_index() == 0:
         if recipe.tokenizer.name not in TRAINED:
-            made = load_tokenizer(recipe.tokenizer, seen=captions(dataset, recipe.tokenizer.captions) if dataset and recipe.tokenizer.lexicon_min_count else ())
+            made = load_tokenizer(
+                recipe.tokenizer,
+                seen=captions(dataset, recipe.tokenizer.captions) if dataset and recipe.tokenizer.lexicon_min_count else (),
+            )
         elif dataset is None:
             raise ValueError(f"{workdir} has no tokenizer folder, and the run's tokenizer was trained on its captions")
         else:

@@ -4,6 +4,7 @@ A checkpoint is one flat dict of arrays named by their path in the train state (
 read in part and does not depend on the classes of the optimiser. `Saver` is the run's side, one per checkpoint folder;
 `restore` and `restore_params` read only. The folder is on a POSIX file system that all processes of a run share.
 """
+
 import contextlib
 import json
 import logging
@@ -31,7 +32,21 @@ from jaxvl.restore import (
     verified,
 )
 
-__all__ = ["CheckpointOptions", "Restored", "SaveError", "Saver", "best_step", "check", "open_saver", "read_leaves", "restore", "restore_memory", "restore_params", "verified", "whole_steps"]
+__all__ = [
+    "CheckpointOptions",
+    "Restored",
+    "SaveError",
+    "Saver",
+    "best_step",
+    "check",
+    "open_saver",
+    "read_leaves",
+    "restore",
+    "restore_memory",
+    "restore_params",
+    "verified",
+    "whole_steps",
+]
 
 log = logging.getLogger(__name__)
 # The operating system's words, which say it all; anything else is shown with its traceback through Orbax and TensorStore.
@@ -72,7 +87,9 @@ def open_saver(folder: Path, options: CheckpointOptions) -> "Saver":
     """
     check(options)
     if ":/" in str(folder):
-        raise ValueError(f"the checkpoint folder is {str(folder)!r}; it must be on a file system all processes share (NFS, Lustre, ...): a bucket cannot rename a folder at once")
+        raise ValueError(
+            f"the checkpoint folder is {str(folder)!r}; it must be on a file system all processes share (NFS, Lustre, ...): a bucket cannot rename a folder at once"
+        )
     folder, held, error = Path(folder).absolute(), None, None
     if jax.process_index() == 0:
         try:
@@ -98,7 +115,9 @@ def _was_here(folder: Path) -> None:
     """Raises ValueError where a step was saved in `folder` and none is there any more."""
     note = folder.with_name(f"{folder.name}.newest")
     if note.is_file() and not whole_steps(folder):
-        raise ValueError(f"{folder} has no checkpoint, though step {note.read_text().strip()} was saved there: is its disk mounted on this host? Where the run shall begin anew, delete {note}")
+        raise ValueError(
+            f"{folder} has no checkpoint, though step {note.read_text().strip()} was saved there: is its disk mounted on this host? Where the run shall begin anew, delete {note}"
+        )
 
 
 class Saver:
@@ -116,7 +135,9 @@ class Saver:
         self._error: Exception | None = None
         self._last = -1
 
-    def save(self, step: int, state: Any, meta: Mapping[str, Any], metrics: Mapping[str, Any] | None = None, *, block: bool = False) -> None:
+    def save(
+        self, step: int, state: Any, meta: Mapping[str, Any], metrics: Mapping[str, Any] | None = None, *, block: bool = False
+    ) -> None:
         """Save `state` as `step`, whole once the thread has written its manifest; with `block`, on return.
 
         state: pytree of arrays, free to be donated on return. meta: JSON. metrics: evaluation results of this very step.

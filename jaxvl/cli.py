@@ -1,4 +1,5 @@
 """The `jaxvl` command. Heavy imports wait for the subcommand that needs them, so that --help answers at once."""
+
 import argparse
 import os
 import re
@@ -17,14 +18,23 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="jaxvl", description=DESCRIPTION)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    train = verbs.add_parser("train", help="train, or continue, the run of a config", description="Any --config.KEY=VALUE overrides the config.")
+    train = verbs.add_parser(
+        "train", help="train, or continue, the run of a config", description="Any --config.KEY=VALUE overrides the config."
+    )
     train.add_argument("--config", required=True, help="configs/x.py, or configs/x.py:argument")
     train.add_argument("--workdir", required=True, type=Path, help="where the run lives; an existing run continues")
     train.add_argument("--tiny", action="store_true", help="the same recipe shrunk to two steps of a small model on the embedded set")
-    train.add_argument("--coordinator", default="", metavar="HOST:PORT", help="process 0 of a run of many, where the environment does not say (launch/README.md)")
+    train.add_argument(
+        "--coordinator",
+        default="",
+        metavar="HOST:PORT",
+        help="process 0 of a run of many, where the environment does not say (launch/README.md)",
+    )
     train.add_argument("--process", default="", metavar="I/N", help="which process of such a run this is, and of how many")
 
-    evaluate = verbs.add_parser("eval", help="evaluate a run's checkpoint", description="Any --config.evals.KEY=VALUE overrides the run's config.")
+    evaluate = verbs.add_parser(
+        "eval", help="evaluate a run's checkpoint", description="Any --config.evals.KEY=VALUE overrides the run's config."
+    )
     evaluate.add_argument("--workdir", required=True, type=Path, help="of the run")
     evaluate.add_argument("--step", type=int, help="which checkpoint (default: the newest whole one)")
     evaluate.add_argument("--ema", action="store_true", help="evaluate the averaged parameters")
@@ -32,17 +42,25 @@ def parser() -> argparse.ArgumentParser:
     bring = verbs.add_parser("import", help="published weights into a folder that config.init reads")
     bring.add_argument("source", help="a folder, an index, a safetensors file, or a name on the Hugging Face hub (NAME@REVISION)")
     bring.add_argument("--out", required=True, type=Path, help="a new folder")
-    bring.add_argument("--heads", type=int, default=0, help="of the towers of an ALBEF or TCL checkpoint (default: one for every 64 channels)")
+    bring.add_argument(
+        "--heads", type=int, default=0, help="of the towers of an ALBEF or TCL checkpoint (default: one for every 64 channels)"
+    )
     bring.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="of the parameters (default: the files' own)")
 
-    export = verbs.add_parser("export", help="a run's model for other programs", description="Any --config.KEY=VALUE overrides the run's config.")
+    export = verbs.add_parser(
+        "export", help="a run's model for other programs", description="Any --config.KEY=VALUE overrides the run's config."
+    )
     export.add_argument("workdir", type=Path, help="of the run")
     export.add_argument("--format", required=True, choices=("hf", "safetensors", "stablehlo", "onnx", "albef", "peft"))
     export.add_argument("--out", required=True, type=Path, help="a new folder")
     export.add_argument("--step", type=int, help="which checkpoint (default: the newest whole one)")
     export.add_argument("--ema", action="store_true", help="export the averaged parameters")
 
-    words = verbs.add_parser("words", help="write a page of the words that a lexical model sees in held-out images", description="Any --config.evals.KEY=VALUE overrides the run's config.")
+    words = verbs.add_parser(
+        "words",
+        help="write a page of the words that a lexical model sees in held-out images",
+        description="Any --config.evals.KEY=VALUE overrides the run's config.",
+    )
     words.add_argument("workdir", type=Path, help="of the run")
     words.add_argument("--images", type=int, default=60, help="how many to show")
     words.add_argument("--step", type=int, help="which checkpoint (default: the newest whole one)")
@@ -51,38 +69,68 @@ def parser() -> argparse.ArgumentParser:
     report = verbs.add_parser("report", help="write a run's report.html anew")
     report.add_argument("workdir", type=Path)
 
-    sweep = verbs.add_parser("sweep", help="many runs of one recipe, as its sweep() describes them; a killed sweep continues", description="Any --config.KEY=VALUE overrides the config of every trial.")
+    sweep = verbs.add_parser(
+        "sweep",
+        help="many runs of one recipe, as its sweep() describes them; a killed sweep continues",
+        description="Any --config.KEY=VALUE overrides the config of every trial.",
+    )
     what = sweep.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="configs/sweeps/x.py, or configs/sweeps/x.py:argument: a file with sweep()")
     what.add_argument("--report", type=Path, metavar="DIR", help="only write the tables and the page of the sweep in DIR anew")
     sweep.add_argument("--workdir", type=Path, help="where the sweep lives, a folder a trial; an existing sweep continues")
     sweep.add_argument("--workers", type=int, default=1, help="trials at a time; GPUs are divided among them")
-    sweep.add_argument("--slurm", nargs="?", const="", metavar="KEY=VALUE,...", help="a Slurm job a trial, with submitit's parameters: partition=gpu,gpus_per_node=8,timeout_min=600")
+    sweep.add_argument(
+        "--slurm",
+        nargs="?",
+        const="",
+        metavar="KEY=VALUE,...",
+        help="a Slurm job a trial, with submitit's parameters: partition=gpu,gpus_per_node=8,timeout_min=600",
+    )
     sweep.add_argument("--retry", action="store_true", help="run failed trials again")
     sweep.add_argument("--tiny", action="store_true", help="every trial shrunk to two steps of a small model on the embedded set")
 
-    data = verbs.add_parser("data", help="index, check, describe or make shards").add_subparsers(dest="action", required=True, metavar="ACTION")
+    data = verbs.add_parser("data", help="index, check, describe or make shards").add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
     index = data.add_parser("index", help="index shards ahead of a run")
     check = data.add_parser("check", help="decode every sample; a table of reasons per shard")
     stats = data.add_parser("stats", help="counts, caption lengths, image sizes, duplicates")
     for verb in (index, check, stats):
         verb.add_argument("paths", nargs="+", help="paths, globs, brace ranges, URLs, glyphs://PART")
-        verb.add_argument("--indexes", default="", help="folder of the indexes (default: in the cache); hosts of one run share it as data.indexes")
+        verb.add_argument(
+            "--indexes", default="", help="folder of the indexes (default: in the cache); hosts of one run share it as data.indexes"
+        )
         verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
     index.add_argument("--rebuild", action="store_true", help="make the indexes anew; takes back what check --record left out")
     check.add_argument("--record", action="store_true", help="write what cannot be decoded into the index: later runs leave it out")
     make = data.add_parser("make", help="write shards: the embedded glyphs, a folder of images with captions, or an annotation file")
-    make.add_argument("what", help="glyphs, fashion200k:FOLDER, fashioniq:FOLDER, utzap50k:FOLDER, a folder of NAME.jpg|png|webp with NAME.txt, or a .json: Karpathy's splits, or a list of image, caption, image_id")
+    make.add_argument(
+        "what",
+        help="glyphs, fashion200k:FOLDER, fashioniq:FOLDER, utzap50k:FOLDER, a folder of NAME.jpg|png|webp with NAME.txt, or a .json: Karpathy's splits, or a list of image, caption, image_id",
+    )
     make.add_argument("--out", required=True, type=Path)
-    make.add_argument("--layout", default="", choices=("", "folders", "sop", "inshop", "inaturalist"), help="of a set with classes instead of captions (data/layouts.py)")
-    make.add_argument("--part", default="train", help="glyphs: train, val or val-seen; a published set: train, val or test; a layout: train, test, query, gallery")
+    make.add_argument(
+        "--layout",
+        default="",
+        choices=("", "folders", "sop", "inshop", "inaturalist"),
+        help="of a set with classes instead of captions (data/layouts.py)",
+    )
+    make.add_argument(
+        "--part",
+        default="train",
+        help="glyphs: train, val or val-seen; a published set: train, val or test; a layout: train, test, query, gallery",
+    )
     make.add_argument("--images", default="", help="annotation file: folder that its paths are below (default: its own)")
     make.add_argument("--split", default="", help="annotation file: splits to take, such as train,restval (default: all)")
     make.add_argument("--size", type=int, help="glyphs: number of images")
     make.add_argument("--per-shard", type=int, default=1000)
 
-    search = verbs.add_parser("search", help="index images or texts with a run, ask the index, export it").add_subparsers(dest="action", required=True, metavar="ACTION")
-    embed = search.add_parser("index", help="make an index", description="Any --config.KEY=VALUE overrides the run's config, and is kept with the index.")
+    search = verbs.add_parser("search", help="index images or texts with a run, ask the index, export it").add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    embed = search.add_parser(
+        "index", help="make an index", description="Any --config.KEY=VALUE overrides the run's config, and is kept with the index."
+    )
     embed.add_argument("run", type=Path, help="workdir of a run, or what `jaxvl export --format safetensors` made of one")
     embed.add_argument("source", help="a folder of images, shards as in data.source, or a .txt or .jsonl file of texts, one a line")
     embed.add_argument("--index", required=True, type=Path, help="a new folder")
@@ -91,8 +139,21 @@ def parser() -> argparse.ArgumentParser:
     embed.add_argument("--batch-size", type=int, default=256)
     embed.add_argument("--threshold", type=float, help="lexical vectors keep the words above it (default: 1/√V)")
     embed.add_argument("--active", type=int, default=0, help="lexical vectors keep as many words instead")
-    embed.add_argument("--pruned", type=int, nargs=3, default=(64, 64, 256), metavar=("ITEM", "QUERY", "CANDIDATES"), help="two-stage search: words kept of items and queries, candidates scored exactly")
-    embed.add_argument("--also", action="append", default=[], choices=("seismic", "faiss"), help="another structure to search with, an extra; may be repeated")
+    embed.add_argument(
+        "--pruned",
+        type=int,
+        nargs=3,
+        default=(64, 64, 256),
+        metavar=("ITEM", "QUERY", "CANDIDATES"),
+        help="two-stage search: words kept of items and queries, candidates scored exactly",
+    )
+    embed.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        choices=("seismic", "faiss"),
+        help="another structure to search with, an extra; may be repeated",
+    )
     query = search.add_parser("query", help="ask an index")
     query.add_argument("index", type=Path)
     asked = query.add_mutually_exclusive_group(required=True)
@@ -109,16 +170,27 @@ def parser() -> argparse.ArgumentParser:
     layout.add_argument("--out", required=True, type=Path, help="a new folder")
     layout.add_argument("--scale", type=int, default=10_000, help="anserini: what weights are multiplied by before they are rounded")
 
-    plan = verbs.add_parser("plan", help="does a config fit on a topology, what does it send, how fast can it be", description="Any --config.KEY=VALUE overrides the config.")
+    plan = verbs.add_parser(
+        "plan",
+        help="does a config fit on a topology, what does it send, how fast can it be",
+        description="Any --config.KEY=VALUE overrides the config.",
+    )
     plan.add_argument("--config", help="configs/x.py, or configs/x.py:argument")
-    plan.add_argument("--topology", help="v5e:16x16, v5p:4x4x4, v6e:16x16 (compiled for the absent TPU), cpu:8 (compiled for forced devices), h100:8 (a model from shapes)")
+    plan.add_argument(
+        "--topology",
+        help="v5e:16x16, v5p:4x4x4, v6e:16x16 (compiled for the absent TPU), cpu:8 (compiled for forced devices), h100:8 (a model from shapes)",
+    )
     plan.add_argument("--compiles", type=int, default=3, help="at most so many; all but the first look for the largest batch that fits")
     plan.add_argument("--limit", type=float, default=1800.0, help="seconds that one compilation may take")
     plan.add_argument("--estimate", action="store_true", help="model memory and collectives from shapes; nothing is compiled")
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    plan.add_argument("--table", type=Path, metavar="DIR", help="the large recipes on 8, 64 and 256 chips as a Markdown table; DIR keeps their plans")
+    plan.add_argument(
+        "--table", type=Path, metavar="DIR", help="the large recipes on 8, 64 and 256 chips as a Markdown table; DIR keeps their plans"
+    )
 
-    bench = verbs.add_parser("bench", help="measure the input pipeline, the step, its terms, the loss or what a re-ranked pair costs; prints JSON")
+    bench = verbs.add_parser(
+        "bench", help="measure the input pipeline, the step, its terms, the loss or what a re-ranked pair costs; prints JSON"
+    )
     bench.add_argument("what", choices=("input", "step", "terms", "loss", "rerank", "proxies", "evaluation", "search"))
     bench.add_argument("--config", help="step, terms, rerank: the config to measure (default: a small built-in one)")
     bench.add_argument("--rounds", type=int, default=3, help="alternated rounds; medians are reported (step: 0 compiles and runs nothing)")
@@ -131,7 +203,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [r.removeprefix("--config.") for r in rest if r.startswith("--config.") and "=" in r]
     if strange := [r for r in rest if not (r.startswith("--config.") and "=" in r)]:
         parser().error(f"unrecognized arguments: {' '.join(strange)} (overrides are written --config.KEY=VALUE)")
-    if overrides and known.verb not in ("train", "eval", "export", "words", "sweep", "plan", "bench") and (known.verb, getattr(known, "action", "")) != ("search", "index"):
+    if (
+        overrides
+        and known.verb not in ("train", "eval", "export", "words", "sweep", "plan", "bench")
+        and (known.verb, getattr(known, "action", "")) != ("search", "index")
+    ):
         parser().error(f"{known.verb} takes no --config overrides")
     try:
         return RUN[known.verb](known, overrides)
@@ -221,7 +297,16 @@ def _data(args: argparse.Namespace, _: list[str]) -> int:
     from jaxvl.data import tools
 
     if args.action == "make":
-        return tools.make(args.what, args.out, part=args.part, size=args.size, per_shard=args.per_shard, images=args.images, split=args.split, layout=args.layout)
+        return tools.make(
+            args.what,
+            args.out,
+            part=args.part,
+            size=args.size,
+            per_shard=args.per_shard,
+            images=args.images,
+            split=args.split,
+            layout=args.layout,
+        )
     if args.action == "check":
         return tools.check(args.paths, json=args.json, record=args.record, indexes=args.indexes)
     if args.action == "index":
@@ -237,7 +322,16 @@ def _search(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.action == "query":
         from jaxvl.search import query
 
-        return query.main(args.index, text=args.text, image=args.image, k=args.k, backend=args.backend, run=args.run, explain=args.explain, as_json=args.json)
+        return query.main(
+            args.index,
+            text=args.text,
+            image=args.image,
+            k=args.k,
+            backend=args.backend,
+            run=args.run,
+            explain=args.explain,
+            as_json=args.json,
+        )
     from jaxvl.search import build
 
     return build.main(args.run, args.source, args.index, overrides, step=args.step, ema=args.ema, batch_size=args.batch_size, threshold=args.threshold,
@@ -249,7 +343,9 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
 
     if args.table:
         return command.table(args.table, limit=args.limit, estimate=args.estimate)
-    return command.main(args.config, overrides, args.topology, compiles=args.compiles, limit=args.limit, estimate=args.estimate, json=args.json)
+    return command.main(
+        args.config, overrides, args.topology, compiles=args.compiles, limit=args.limit, estimate=args.estimate, json=args.json
+    )
 
 
 def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -258,7 +354,19 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
     return importlib.import_module(f"jaxvl.bench.{args.what}").main(args.config, overrides, rounds=args.rounds)
 
 
-RUN = {"train": _train, "eval": _eval, "import": _import, "export": _export, "words": _words, "report": _report, "sweep": _sweep, "data": _data, "search": _search, "plan": _plan, "bench": _bench}
+RUN = {
+    "train": _train,
+    "eval": _eval,
+    "import": _import,
+    "export": _export,
+    "words": _words,
+    "report": _report,
+    "sweep": _sweep,
+    "data": _data,
+    "search": _search,
+    "plan": _plan,
+    "bench": _bench,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

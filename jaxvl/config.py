@@ -3,6 +3,7 @@
 A section of a config is the field-by-field content of one options tuple, so the tuple's fields are the legal keys.
 A key that no tuple has is an error with a suggestion: an option that nothing reads cannot exist.
 """
+
 import difflib
 import json
 import runpy
@@ -73,7 +74,13 @@ class Recipe(NamedTuple):
 
 
 SECTIONS = {name: kind for name, kind in Recipe.__annotations__.items() if hasattr(kind, "_fields")}
-CHECKS: dict[str, Callable[[Any], Any]] = {"tokenizer": text.check, "data": dataset.check, "augment": augment.check, "checkpoint": checkpoint.check, "log": report.check}
+CHECKS: dict[str, Callable[[Any], Any]] = {
+    "tokenizer": text.check,
+    "data": dataset.check,
+    "augment": augment.check,
+    "checkpoint": checkpoint.check,
+    "log": report.check,
+}
 
 
 def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:

@@ -1,4 +1,5 @@
 """What a run knows of its data and its length and a method may ask for; what an evaluation needs of it is kept beside the checkpoints."""
+
 import json
 import math
 from pathlib import Path
@@ -22,7 +23,11 @@ def of_run(recipe: Any, workdir: Path, dataset: Dataset | None) -> Run:
     if dataset is None:
         return Run(classes=len(kept["classes"]), parents=tuple(map(tuple, kept["parents"]))) if kept else Run()
     size, options = dataset.epoch, recipe.train
-    facts = Run(options.steps or math.ceil(options.epochs * size / options.batch_size), max(size // options.batch_size, 1), recipe.optim.warmup_steps)
+    facts = Run(
+        options.steps or math.ceil(options.epochs * size / options.batch_size),
+        max(size // options.batch_size, 1),
+        recipe.optim.warmup_steps,
+    )
     if dataset.table is None:
         return facts
     names, parents = list(dataset.table.names), [list(a) for a in dataset.table.parents]

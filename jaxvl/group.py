@@ -3,6 +3,7 @@
 Where one member fails the others cannot go on: they are asked to end, killed after a grace period, and all are started anew,
 which continues from the newest whole checkpoint. This is what Slurm or Kubernetes does for a run of many machines.
 """
+
 import argparse
 import os
 import signal
@@ -26,9 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 0, 143 where SIGTERM stopped the run, or the exit status of the member that failed last."""
     parser = argparse.ArgumentParser(prog="launch/local", description=__doc__)
     parser.add_argument("--processes", type=int, required=True, help="members of the run; GPUs are divided among them")
-    parser.add_argument("--restarts", type=int, default=3, help="how often in a row a failed run is started again without having saved a newer checkpoint in between")
-    parser.add_argument("--grace", type=float, default=30.0, help="seconds between SIGTERM and SIGKILL for the members left by one that failed")
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds before a restart; where other machines have members of the run, at least 20: theirs must have ended too")
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=3,
+        help="how often in a row a failed run is started again without having saved a newer checkpoint in between",
+    )
+    parser.add_argument(
+        "--grace", type=float, default=30.0, help="seconds between SIGTERM and SIGKILL for the members left by one that failed"
+    )
+    parser.add_argument(
+        "--pause",
+        type=float,
+        default=0.0,
+        help="seconds before a restart; where other machines have members of the run, at least 20: theirs must have ended too",
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="jaxvl train --config=... --workdir=...")
     args = parser.parse_args(argv)
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
@@ -100,7 +113,11 @@ def _start(command: list[str], shares: list[dict[str, str]], workdir: Path | Non
         if i and workdir:
             (workdir / "report").mkdir(parents=True, exist_ok=True)
             with open(workdir / "report" / f"process-{i}.log", "a", encoding="utf-8") as log:
-                members.append(subprocess.Popen(tied(command), env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+                members.append(
+                    subprocess.Popen(
+                        tied(command), env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                    )
+                )
         else:
             members.append(subprocess.Popen(tied(command), env=env, stdin=subprocess.DEVNULL, start_new_session=True))
     return members

@@ -3,6 +3,7 @@
 Found in this order: the flags of `jaxvl train`, JAX_COORDINATOR_ADDRESS with its companions (launch/local, launch/jobset.yaml),
 a Slurm step, a TPU pod. A process that none of these speaks of is alone.
 """
+
 import os
 import re
 import urllib.request
@@ -47,7 +48,9 @@ def join() -> None:
     if place := find(env):
         if place.gpus:
             env["CUDA_VISIBLE_DEVICES"] = place.gpus
-        jax.distributed.initialize(place.coordinator, place.processes, place.number, cluster_detection_method="deactivate", heartbeat_timeout_seconds=int(text))
+        jax.distributed.initialize(
+            place.coordinator, place.processes, place.number, cluster_detection_method="deactivate", heartbeat_timeout_seconds=int(text)
+        )
     elif tpu_pod(env):
         jax.distributed.initialize(heartbeat_timeout_seconds=int(text))  # JAX reads slices and workers from the same sources
 
@@ -82,7 +85,12 @@ def _slurm(env: Mapping[str, str]) -> Place:
     # With --gpus-per-task or --gpu-bind a task sees its own alone.
     bound = "SLURM_GPUS_PER_TASK" in env or len(env.get("CUDA_VISIBLE_DEVICES", "," * here).split(",")) < here
     share = {} if bound else gpu_shares(here, env)[int(env["SLURM_LOCALID"])]
-    return Place(f"{first_host(env['SLURM_STEP_NODELIST'])}:{port}", int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"]), share.get("CUDA_VISIBLE_DEVICES", ""))
+    return Place(
+        f"{first_host(env['SLURM_STEP_NODELIST'])}:{port}",
+        int(env["SLURM_STEP_NUM_TASKS"]),
+        int(env["SLURM_PROCID"]),
+        share.get("CUDA_VISIBLE_DEVICES", ""),
+    )
 
 
 def first_host(nodes: str) -> str:
@@ -103,7 +111,11 @@ def tpu_pod(env: Mapping[str, str], devices: Path = Path("/dev")) -> bool:
     """Whether this is a TPU host with others beside it: by the variables GKE sets, else by the metadata of a TPU VM."""
     if env.get("JAX_PLATFORMS", "").split(",")[0] not in ("", "tpu"):
         return False
-    if "," in env.get("TPU_WORKER_HOSTNAMES", "") or "," in env.get("TPU_PROCESS_ADDRESSES", "") or int(env.get("MEGASCALE_NUM_SLICES", "1")) > 1:
+    if (
+        "," in env.get("TPU_WORKER_HOSTNAMES", "")
+        or "," in env.get("TPU_PROCESS_ADDRESSES", "")
+        or int(env.get("MEGASCALE_NUM_SLICES", "1")) > 1
+    ):
         return True
     attached = [*devices.glob("accel[0-9]*"), *devices.glob("vfio/[0-9]*")]
     if not attached or "TPU_WORKER_HOSTNAMES" in env or "TPU_SKIP_MDS_QUERY" in env:
@@ -112,7 +124,9 @@ def tpu_pod(env: Mapping[str, str], devices: Path = Path("/dev")) -> bool:
         hosts = _metadata("worker-network-endpoints", env)
         slices = re.search(r"MEGASCALE_NUM_SLICES: '?(\d+)", _metadata("tpu-env", env))
     except OSError as error:
-        say(f"note: this machine has {attached[0].name}, but its metadata cannot be read ({error}); it runs alone, unless TPU_WORKER_HOSTNAMES names its peers")
+        say(
+            f"note: this machine has {attached[0].name}, but its metadata cannot be read ({error}); it runs alone, unless TPU_WORKER_HOSTNAMES names its peers"
+        )
         return False
     return "," in hosts or bool(slices and int(slices[1]) > 1)
 

@@ -4,6 +4,7 @@ A step is the folder `00001000` (its number, eight digits or more) of the checkp
 and renamed when its manifest is on disk, and renamed to `00001000.deleting` before it is deleted. So a folder named by digits
 alone has been whole, whenever the run was killed, and whatever its manifest does not confirm now is damage.
 """
+
 import errno
 import fcntl
 import hashlib
@@ -135,7 +136,11 @@ def set_aside(folder: Path, step: int) -> None:
     """Rename a step so that no run resumes from it. Its files stay for a person to judge."""
     taken = {p.name for p in folder.iterdir()}
     aside = next(p for i in range(len(taken) + 1) if (p := step_folder(folder, step, f".aside{i or ''}")).name not in taken)
-    log.warning("checkpoint step %d was there before this run reached it (damaged, or of another branch); moved to %s, delete it once unneeded", step, aside)
+    log.warning(
+        "checkpoint step %d was there before this run reached it (damaged, or of another branch); moved to %s, delete it once unneeded",
+        step,
+        aside,
+    )
     commit(step_folder(folder, step), aside)
 
 

@@ -2,6 +2,7 @@
 
 `data` splits the batch, `fsdp` splits the batch and the parameters, `tensor` splits parameters inside a layer.
 """
+
 import logging
 import re
 from collections.abc import Sequence
@@ -51,12 +52,15 @@ def make_mesh(options: MeshOptions, devices: Sequence[Any] | None = None) -> Mes
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     except NotImplementedError:
         # A TPU torus such as 4x4x4 has no axes whose product is 8; one is cut, and a ring over it does not close.
-        log.warning("mesh %s does not follow the axes of the TPU torus, so its collectives are slower than sizes that do", dict(zip(AXES, shape, strict=True)))
+        log.warning(
+            "mesh %s does not follow the axes of the TPU torus, so its collectives are slower than sizes that do",
+            dict(zip(AXES, shape, strict=True)),
+        )
         return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES, axis_types=types)
 
 
 def path_str(path: Any) -> str:
-    """"params/image/blocks/mlp/kernel" of a key path."""
+    """ "params/image/blocks/mlp/kernel" of a key path."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
@@ -98,7 +102,9 @@ def process_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     spans = {s[0].indices(batch_size)[:2] for s in index.values() if s}
     lo, hi = min(s[0] for s in spans), max(s[1] for s in spans)
     if sum(b - a for a, b in spans) != hi - lo:
-        raise ValueError(f"mesh {dict(mesh.shape)}: this process holds rows {sorted(spans)}, which are not contiguous; make `tensor` the innermost axis")
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: this process holds rows {sorted(spans)}, which are not contiguous; make `tensor` the innermost axis"
+        )
     return lo, hi
 
 

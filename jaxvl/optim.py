@@ -1,4 +1,5 @@
 """Optimisers, schedules, parameter groups and clipping, all on optax."""
+
 import re
 import warnings
 from collections.abc import Callable
@@ -73,9 +74,13 @@ def check(options: OptimOptions, steps: int) -> None:
                            ("step_every", int(options.schedule == "step"), None), ("step_factor", 0, 1), ("ema_decay", 0, 1)):  # fmt: skip
         value = getattr(options, key)
         if value < low or (high is not None and value > high):
-            raise ValueError(f"config.optim.{key} is {value}; it must be at least {low}" + (f" and at most {high}" if high is not None else ""))
+            raise ValueError(
+                f"config.optim.{key} is {value}; it must be at least {low}" + (f" and at most {high}" if high is not None else "")
+            )
     if (options.schedule == "epochs") != (options.epochs > 0):
-        raise ValueError(f"config.optim.epochs is {options.epochs} and config.optim.schedule {options.schedule!r}; the schedule 'epochs' needs their number, and no other reads it")
+        raise ValueError(
+            f"config.optim.epochs is {options.epochs} and config.optim.schedule {options.schedule!r}; the schedule 'epochs' needs their number, and no other reads it"
+        )
     for pattern, decay in options.layer_decay:
         if not 0 < decay <= 1:
             raise ValueError(f"config.optim.layer_decay of {pattern!r} is {decay}; it must be above 0 and at most 1")
@@ -237,7 +242,9 @@ def _held(make: Callable[[int], optax.GradientTransformation], starts: Any) -> o
             inner[n] = jax.tree.map(lambda new, old, awake=awake: jnp.where(awake, new, old), after, state.inner[n]) if n else after
             # A leaf that never moves is not there at all (`_without_still`).
             mine = lambda start, new, n=n: start == n and not isinstance(new, optax.MaskedNode)
-            pick = lambda start, old, new, n=n, awake=awake, mine=mine: (jnp.where(awake, new, 0) if n else new) if mine(start, new) else old
+            pick = lambda start, old, new, n=n, awake=awake, mine=mine: (
+                (jnp.where(awake, new, 0) if n else new) if mine(start, new) else old
+            )
             out = jax.tree.map(pick, starts, out, moved)
         return out, _HeldState(state.count + 1, inner)
 
@@ -275,7 +282,9 @@ def check_constant(options: OptimOptions, params: Any, pattern: str) -> None:
     """Raises ValueError where a parameter that the method takes as a constant (`Method.constant`) would be moved, by decay for one."""
     for path, still in jax.tree_util.tree_leaves_with_path(frozen(options, params)) if pattern else ():
         if re.search(pattern, path_str(path)) and still is not True:
-            raise ValueError(f"config.optim trains {path_str(path)}, which config.method takes as a constant; freeze it with the group ({pattern!r}, 0.0)")
+            raise ValueError(
+                f"config.optim trains {path_str(path)}, which config.method takes as a constant; freeze it with the group ({pattern!r}, 0.0)"
+            )
 
 
 def forget(state: Any, pattern: str, when: jax.Array) -> Any:

@@ -6,6 +6,7 @@ runs COMMAND tied to the process PARENT: where that is killed in a way it cannot
 which then saves and ends. The tie survives exec, so COMMAND need know nothing of it. Elsewhere than on Linux the command is
 run untied.
 """
+
 import ctypes
 import os
 import signal
@@ -33,7 +34,9 @@ def gpu_shares(parts: int, env: Mapping[str, str], gpus: Sequence[str] | None = 
     if parts == 1 or not gpus or env.get("JAX_PLATFORMS") == "cpu":
         return [{}] * parts
     if len(gpus) % parts:
-        raise ValueError(f"{parts} processes at a time cannot share {len(gpus)} GPUs ({', '.join(gpus)}) equally; their number must divide that of the GPUs")
+        raise ValueError(
+            f"{parts} processes at a time cannot share {len(gpus)} GPUs ({', '.join(gpus)}) equally; their number must divide that of the GPUs"
+        )
     each = len(gpus) // parts
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])} for i in range(parts)]
 

@@ -27,18 +27,14 @@ class Bar:
         self._plain = plain
         self.done = done
         self._begin = self._printed = 0.0
-        self._origin: tuple[float, int] | None = (
-            None  # time and count at the first advance, so that start-up is no part of the rate
-        )
+        self._origin: tuple[float, int] | None = None  # time and count at the first advance, so that start-up is no part of the rate
         self._task: Any = None
 
     def __enter__(self) -> "Bar":
         self._begin = self._printed = time.monotonic()
         if not _silent and sys.stderr.isatty():
             with _lock:
-                self._task = _display().add_task(
-                    self._text, total=self._total, completed=self.done, unit=self._unit, note="", eta=""
-                )
+                self._task = _display().add_task(self._text, total=self._total, completed=self.done, unit=self._unit, note="", eta="")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -63,11 +59,7 @@ class Bar:
             self._origin = (now, self.done)
         if self._task is not None:
             _live.update(self._task, completed=self.done, note=note, eta=self._eta_text())
-        elif (
-            self._plain
-            and now - self._begin > PATIENCE
-            and (self._printed == self._begin or now - self._printed > EVERY)
-        ):
+        elif self._plain and now - self._begin > PATIENCE and (self._printed == self._begin or now - self._printed > EVERY):
             self._printed = now
             say("  ".join(filter(None, (f"{self._text}: {self._count()}", note, self._eta_text()))))
 

@@ -2,6 +2,7 @@
 
 Nothing here writes, so it is safe beside a run that is going on.
 """
+
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +86,9 @@ def _restore(folder: Path, abstract: Any, step: int | None, prefix: str) -> Rest
     wanted = leaves_by_path(abstract, prefix)
     saved = {k: v for k, v in found.leaves.items() if k.startswith(prefix)}
     if not saved and wanted:
-        raise ValueError(f"{folder}: checkpoint step {found.step} has no {prefix}...; was the run's moving average off (config.optim.ema_decay=0)?")
+        raise ValueError(
+            f"{folder}: checkpoint step {found.step} has no {prefix}...; was the run's moving average off (config.optim.ema_decay=0)?"
+        )
     _same_leaves(saved, {k: array_type(v) for k, v in wanted.items()}, f"{folder}: checkpoint step {found.step}")
     arrays = read_leaves(folder, found.step, wanted)
     return Restored(found.step, jax.tree.unflatten(jax.tree.structure(abstract), [arrays[k] for k in wanted]), found.meta)
@@ -97,7 +100,10 @@ def read_leaves(folder: Path, step: int, wanted: dict[str, jax.ShapeDtypeStruct]
     Each is read straight into its sharding, and into a numpy array where it has none.
     """
     solid = {k: v for k, v in wanted.items() if v.size}
-    how = {k: ocp.RestoreArgs(restore_type=np.ndarray) if v.sharding is None else ocp.ArrayRestoreArgs(sharding=v.sharding) for k, v in solid.items()}
+    how = {
+        k: ocp.RestoreArgs(restore_type=np.ndarray) if v.sharding is None else ocp.ArrayRestoreArgs(sharding=v.sharding)
+        for k, v in solid.items()
+    }
     args = ocp.args.PyTreeRestore(item=solid, restore_args=how, partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
         arrays = orbax.restore(manifest.step_folder(Path(folder).absolute(), step) / "state", args=args)
@@ -117,7 +123,7 @@ def leaves_by_path(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def array_type(leaf: Any) -> str:
-    """"float32[12,768]" of an array or a ShapeDtypeStruct."""
+    """ "float32[12,768]" of an array or a ShapeDtypeStruct."""
     return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
 
 

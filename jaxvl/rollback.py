@@ -7,6 +7,7 @@ Going back takes parameters, optimiser and memory from the newest checkpoint tha
 since are not seen again: the run goes on with the next ones, since the same ones would give the same numbers. The count of skipped steps
 goes on too. All of this is a function of the run's history alone, so that a run killed at any moment of it ends in the same state.
 """
+
 from collections import deque
 from collections.abc import Sequence
 from typing import Any

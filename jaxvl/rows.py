@@ -1,4 +1,5 @@
 """The rows of a batch that is split over devices: cut in parts, worked on part by part, seen in groups."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,9 @@ def cut(tree: Any, parts: int) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % (parts * devices):
-        raise ValueError(f"a batch of {batch} rows does not cut into {parts} microbatches over {devices} devices: make it a multiple of {parts * devices}")
+        raise ValueError(
+            f"a batch of {batch} rows does not cut into {parts} microbatches over {devices} devices: make it a multiple of {parts * devices}"
+        )
     return jax.tree.map(lambda x: x.reshape(batch // parts, parts, *x.shape[1:]), tree)
 
 
@@ -55,7 +58,9 @@ def part_by_part(f: Callable[[Any, jax.Array | None], Any], parts: int, rows: An
 def groups(batch: int, size: int) -> int:
     """The number of groups of `size` consecutive rows in a batch. Raises ValueError where they do not divide it."""
     if size < 1 or batch % size:
-        raise ValueError(f"a batch of {batch} rows does not divide into groups of {size}: make it a multiple, or let the whole batch be one group")
+        raise ValueError(
+            f"a batch of {batch} rows does not divide into groups of {size}: make it a multiple, or let the whole batch be one group"
+        )
     return batch // size
 
 

@@ -1,4 +1,5 @@
 """The train state: everything a run is, in one frozen pytree."""
+
 from typing import Any, NamedTuple
 
 import jax

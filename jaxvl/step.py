@@ -1,4 +1,5 @@
 """The train step: one pure function of (state, batch)."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,9 @@ def make_train_step(
             state = state._replace(params=method.constrain(state.params))
         if method.refresh is not None:
             renewed = method.refresh(state.params, state.memory, state.step)
-            state = state._replace(params=renewed.params, memory=renewed.memory, opt_state=forget(state.opt_state, renewed.forget, renewed.when))
+            state = state._replace(
+                params=renewed.params, memory=renewed.memory, opt_state=forget(state.opt_state, renewed.forget, renewed.when)
+            )
         hold = frozen(optim, state.params)
         (loss, aux), grads = grad_fn(state.params, state.memory, batch, key_model)
         if grad_shardings is not None:

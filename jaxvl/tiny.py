@@ -1,4 +1,5 @@
 """A recipe shrunk until it runs in seconds on a laptop: the same code paths, small sizes, the embedded set."""
+
 from ml_collections import ConfigDict
 
 from jaxvl.data.text import TRAINED
@@ -32,7 +33,9 @@ def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDic
         small.method.update(entries=0, adapter_heads=2, mlp1=32, mlp2=32)
         small.tokenizer.update(context_length=128, caption_length=0, lexicon_min_count=0, prompt='the "{}" lies on')
     if "fusion_depth" in small.method:
-        small.method.update(fusion_depth=1, queue=8 * devices, group_size=2, chunks=min(config.method.chunks, 2), mlm_cap=min(config.method.mlm_cap, 4))
+        small.method.update(
+            fusion_depth=1, queue=8 * devices, group_size=2, chunks=min(config.method.chunks, 2), mlm_cap=min(config.method.mlm_cap, 4)
+        )
     if "codes" in small.method:
         small.method.update(codes=16, ot_group=2, ipot_iterations=min(config.method.ipot_iterations, 5))
     if "num_coarse" in small.method:
@@ -42,10 +45,17 @@ def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDic
         small.data.per_class = 2 if config.data.per_class else 0
         small.optim.hold = tuple((pattern, min(n, 1)) for pattern, n in config.optim.hold)
     if config.data.triplets and config.data.triplets != SIBLINGS:
-        small.data.update(triplets="attributes" if config.data.attributes else "beside", attributes=("style", "weight", "slant") if config.data.attributes else ())
+        small.data.update(
+            triplets="attributes" if config.data.attributes else "beside",
+            attributes=("style", "weight", "slant") if config.data.attributes else (),
+        )
     if "first_stage" in small.method:
         small.method.first_stage = min(config.method.first_stage, 1)
-    small.optim.update(warmup_steps=min(config.optim.warmup_steps, steps - 1, 1), cooldown_steps=min(config.optim.cooldown_steps, 1), epochs=min(config.optim.epochs, steps))
+    small.optim.update(
+        warmup_steps=min(config.optim.warmup_steps, steps - 1, 1),
+        cooldown_steps=min(config.optim.cooldown_steps, 1),
+        epochs=min(config.optim.epochs, steps),
+    )
     small.train.update(batch_size=2 * devices * config.train.accumulate, steps=steps, epochs=0.0)
     small.mesh.update(data=-1, fsdp=min(config.mesh.fsdp, 2), tensor=min(config.mesh.tensor, 2))
     small.checkpoint.update(every=1)
@@ -59,7 +69,9 @@ def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDic
         if section.kind == "composed":
             section.triplets = "beside"
         if section.kind == "rerank":
-            section.update(k_test=min(section.k_test, 4), pairs=min(section.pairs, 2 * devices), batch_size=min(section.batch_size, 5 * devices))
+            section.update(
+                k_test=min(section.k_test, 4), pairs=min(section.pairs, 2 * devices), batch_size=min(section.batch_size, 5 * devices)
+            )
         if section.kind == "metric_learning":
             section.update(source="glyphs://val?size=40", gallery="", label="class", classes="all", hierarchy="", split_level=-1)
     return small

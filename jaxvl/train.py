@@ -3,6 +3,7 @@
 The order inside the loop is what makes a resumed run equal to one that was never stopped: step, then evaluate, then save.
 An evaluation comes before the save of the same step, so that a run resumed there has its numbers and does not repeat it.
 """
+
 import itertools
 import json
 import signal
@@ -51,7 +52,11 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
         report.open_log(recipe.log, workdir, jax.process_index(), age) as log,
     ):
         _keep_config(config, workdir)
-        log.describe(config=config.to_json_best_effort(indent=2), mesh=", ".join(f"{k} {v}" for k, v in mesh.shape.items()), devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}")
+        log.describe(
+            config=config.to_json_best_effort(indent=2),
+            mesh=", ".join(f"{k} {v}" for k, v in mesh.shape.items()),
+            devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        )
         dataset = open_data(recipe.data)
         _same_everywhere(dataset)
         evals.check(recipe.evals, recipe.data)
@@ -61,16 +66,26 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
 
         plan = assembly.program(parts, mesh, steps)
         fresh = not checkpoint.whole_steps(workdir / "checkpoints")
-        start = initial.plan(parts.recipe, plan.state.params, parts.tokenizer.offset if parts.tokenizer else 0, plan.state.memory) if fresh else {}
+        start = (
+            initial.plan(parts.recipe, plan.state.params, parts.tokenizer.offset if parts.tokenizer else 0, plan.state.memory)
+            if fresh
+            else {}
+        )
         with log.pause("compile"):
             train_step = jax.jit(plan.step, donate_argnums=0, out_shardings=plan.out_shardings).lower(plan.state, plan.batch).compile()
             record.save(workdir, parts, plan, train_step, mesh, steps)
 
         with _terminated() as stop, ExitStack() as stack:
             restored = saver.restore(plan.state)
-            state = restored.state if restored else initial.fill(start, jax.jit(plan.init, out_shardings=plan.out_shardings[0])(jax.random.key(recipe.seed)))
+            state = (
+                restored.state
+                if restored
+                else initial.fill(start, jax.jit(plan.init, out_shardings=plan.out_shardings[0])(jax.random.key(recipe.seed)))
+            )
             step = restored.step if restored else 0
-            say(f"{'continuing at' if restored else 'starting at'} step {step} of {steps}, {sum(p.size for p in jax.tree.leaves(state.params)):,} parameters")
+            say(
+                f"{'continuing at' if restored else 'starting at'} step {step} of {steps}, {sum(p.size for p in jax.tree.leaves(state.params)):,} parameters"
+            )
             log.start(step=step, steps=steps, batch_size=batch_size, samples_per_epoch=dataset.epoch,
                       flops_per_sample=3 * parts.method.flops(parts.spec), chips=jax.device_count(), device_kind=jax.devices()[0].device_kind, processes=jax.process_count(), board=hosts.board())  # fmt: skip
             log.bad(dataset.bad)
@@ -113,7 +128,14 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
                 due = {k: e for k, e in recipe.evals.items() if step == steps or (e.every and step % e.every == 0)}
                 if due:
                     with log.pause("eval"):
-                        values, galleries = evals.run(due, parts.method, for_faces(parts.method, state.params, state.memory), parts.tokenizer, recipe.data, recipe.augment)
+                        values, galleries = evals.run(
+                            due,
+                            parts.method,
+                            for_faces(parts.method, state.params, state.memory),
+                            parts.tokenizer,
+                            recipe.data,
+                            recipe.augment,
+                        )
                     log.write(step, values, galleries)
                 if stop():
                     save(block=True)

@@ -1,4 +1,5 @@
 """`jaxvl words`: a page that shows what the model of a run sees in held-out images, word by word."""
+
 from pathlib import Path
 
 import jax
@@ -11,7 +12,9 @@ from jaxvl.mesh import make_mesh
 from jaxvl.report.words import write_words
 
 
-def run(workdir: Path, overrides: list[str], *, images: int = 60, searched: int = 12, each: int = 5, step: int | None = None, ema: bool = False) -> Path:
+def run(
+    workdir: Path, overrides: list[str], *, images: int = 60, searched: int = 12, each: int = 5, step: int | None = None, ema: bool = False
+) -> Path:
     """Write words.html and words.json of the run in `workdir`, on the set of its evaluation of kind "lexical"; returns the page.
 
     images, searched, each: see `explain`. Raises ValueError where the run has no such evaluation or no words.

@@ -1,4 +1,5 @@
 """Eight forced CPU devices, one thread pool each, and a compile cache that survives between runs."""
+
 import importlib.metadata
 import os
 import pathlib

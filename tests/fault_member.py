@@ -2,6 +2,7 @@
 
 FAULT is KIND:PROCESS:VALUE. slow:1:0.3, each batch takes 0.3 s longer; hang:1:12, batch 12 never comes; clock:1:86400, its clock is a day ahead.
 """
+
 import os
 import sys
 import time

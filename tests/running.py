@@ -1,4 +1,5 @@
 """Runs of `jaxvl train` as a user starts them, for the tests that kill, stop, starve and compare them."""
+
 import atexit
 import fcntl
 import os
@@ -44,7 +45,15 @@ def peers(processes: int) -> list[dict[str, str]]:
 
 def start(workdir: Path, *overrides: str, recipe: str = RECIPE, **env: str) -> subprocess.Popen:
     """`jaxvl train` of the tiny config of a recipe, its output in `workdir`.out."""
-    command = [sys.executable, "-m", "jaxvl.cli", "train", f"--config={CONFIG}:{recipe}", f"--workdir={workdir}", *(f"--config.{o}" for o in overrides)]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxvl.cli",
+        "train",
+        f"--config={CONFIG}:{recipe}",
+        f"--workdir={workdir}",
+        *(f"--config.{o}" for o in overrides),
+    ]
     with open(f"{workdir}.out", "a") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment(**env))
     atexit.register(process.kill)  # where a test fails before it has waited

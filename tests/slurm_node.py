@@ -1,7 +1,8 @@
 """A Slurm of one node, this machine, for as long as a test needs it: Debian's slurm-wlm and munge, all its files in one folder.
 
-    python tests/slurm_node.py FOLDER      starts it and waits; prints the SLURM_CONF to export
+python tests/slurm_node.py FOLDER      starts it and waits; prints the SLURM_CONF to export
 """
+
 import os
 import secrets
 import shutil
@@ -47,7 +48,9 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 def missing() -> str:
     """Why Slurm cannot be started here; "" where it can."""
-    absent = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
+    absent = [
+        name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    ]
     if absent:
         return f"{', '.join(absent)} not found: apt-get install slurm-wlm munge"
     return "" if os.geteuid() == 0 else "the daemons of Slurm are started as root"
@@ -72,7 +75,11 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
     key.chmod(0o400)
     env = {**os.environ, "SLURM_CONF": str(conf), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
     files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid", "log-file": "munge.log", "seed-file": "munge.seed"}
-    daemons = [["munged", "--foreground", "--force", *(f"--{k}={folder / v}" for k, v in files.items())], ["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", host]]
+    daemons = [
+        ["munged", "--foreground", "--force", *(f"--{k}={folder / v}" for k, v in files.items())],
+        ["slurmctld", "-D", "-c"],
+        ["slurmd", "-D", "-N", host],
+    ]
     running: list[subprocess.Popen] = []
     try:
         for command in daemons:
@@ -82,7 +89,10 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
         deadline = time.monotonic() + 60
         while "idle" not in subprocess.run(["sinfo", "-h", "-o", "%T"], env=env, capture_output=True, text=True).stdout:
             if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in running):
-                raise RuntimeError("Slurm does not start:\n" + "\n".join(f"{p.name}: {p.read_text()[-1000:]}" for p in sorted(folder.iterdir()) if p.suffix in (".out", ".log")))
+                raise RuntimeError(
+                    "Slurm does not start:\n"
+                    + "\n".join(f"{p.name}: {p.read_text()[-1000:]}" for p in sorted(folder.iterdir()) if p.suffix in (".out", ".log"))
+                )
             time.sleep(0.5)
         yield env
     finally:

@@ -8,6 +8,7 @@ taken from the ids that every process logged of the samples it fed: the history 
 once, in the order that an undisturbed run has, and each epoch has each sample once. With --compare the undisturbed run is made as
 well, and every logged number and every bit of the last state must be the same.
 """
+
 import argparse
 import os
 import random
@@ -53,14 +54,24 @@ class Soak:
 
     def __init__(self, workdir: Path, processes: int, overrides: list[str], grace: float) -> None:
         self.workdir, self.disk = workdir, workdir / "checkpoints"
-        train = [sys.executable, "-m", "jaxvl.cli", "train", f"--config={running.CONFIG}", f"--workdir={workdir}", *(f"--config.{o}" for o in overrides)]
+        train = [
+            sys.executable,
+            "-m",
+            "jaxvl.cli",
+            "train",
+            f"--config={running.CONFIG}",
+            f"--workdir={workdir}",
+            *(f"--config.{o}" for o in overrides),
+        ]
         self.command = [sys.executable, "-m", "jaxvl.group", f"--processes={processes}", f"--grace={grace}", "--", *train]
         self.launcher: subprocess.Popen | None = None
         self.out = workdir.with_suffix(".out")
 
     def start(self) -> None:
         with open(self.out, "a") as out:
-            self.launcher = subprocess.Popen(self.command, stdout=out, stderr=subprocess.STDOUT, env=running.environment(XLA_FLAGS=running.FAST))
+            self.launcher = subprocess.Popen(
+                self.command, stdout=out, stderr=subprocess.STDOUT, env=running.environment(XLA_FLAGS=running.FAST)
+            )
 
     def members(self) -> list[int]:
         """Process ids, in the order of the run."""
@@ -182,7 +193,9 @@ def last_step(workdir: Path) -> int:
 
 
 def _stragglers(soak: Soak) -> list[str]:
-    found = subprocess.run(["pgrep", "-f", f"^{sys.executable} .*jaxvl.cli train .*--workdir={soak.workdir}( |$)"], capture_output=True, text=True)
+    found = subprocess.run(
+        ["pgrep", "-f", f"^{sys.executable} .*jaxvl.cli train .*--workdir={soak.workdir}( |$)"], capture_output=True, text=True
+    )
     return found.stdout.split()
 
 
@@ -196,21 +209,33 @@ def prove(workdir: Path, steps: int) -> list[str]:
     shards, rows = sample_places(dataset, recipe.seed).at(np.arange(steps * batch))
     wanted = dataset.starts[shards] + rows
     seen = np.concatenate(list(given.values()))
-    assert np.array_equal(seen, wanted), f"{np.sum(seen != wanted)} samples are not those of an undisturbed run, first at sample {np.flatnonzero(seen != wanted)[0]}"
+    assert np.array_equal(seen, wanted), (
+        f"{np.sum(seen != wanted)} samples are not those of an undisturbed run, first at sample {np.flatnonzero(seen != wanted)[0]}"
+    )
     epochs = len(seen) // dataset.epoch
     for epoch in range(epochs):
         times = Counter(seen[epoch * dataset.epoch : (epoch + 1) * dataset.epoch].tolist())
-        assert len(times) == dataset.epoch and set(times.values()) == {1}, f"epoch {epoch}: {len(times)} of {dataset.epoch} samples, seen {set(times.values())} times"
+        assert len(times) == dataset.epoch and set(times.values()) == {1}, (
+            f"epoch {epoch}: {len(times)} of {dataset.epoch} samples, seen {set(times.values())} times"
+        )
     logged = [int(row["step"]) for row in read_metrics(workdir) if "loss" in row]
     assert logged == list(range(1, steps + 1)), "metrics.jsonl has not every step once"
-    return [f"{steps:,} steps, {len(seen):,} samples: each row of each batch once, in the order of an undisturbed run", f"{epochs} whole epochs of {dataset.epoch} samples: each sample once in each"]
+    return [
+        f"{steps:,} steps, {len(seen):,} samples: each row of each batch once, in the order of an undisturbed run",
+        f"{epochs} whole epochs of {dataset.epoch} samples: each sample once in each",
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--every", type=float, default=60.0, help="seconds between faults, counted from the resumption after the one before where that took longer")
+    parser.add_argument(
+        "--every",
+        type=float,
+        default=60.0,
+        help="seconds between faults, counted from the resumption after the one before where that took longer",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=Path, required=True, help="a new folder")
     parser.add_argument("--faults", default=",".join(FAULTS), help="which, of " + ",".join(FAULTS))
@@ -220,7 +245,12 @@ def main() -> None:
     rng, names = random.Random(args.seed), args.faults.split(",")
     disk = args.workdir.absolute() / "checkpoints"
     disk.mkdir(parents=True)
-    mounted = "disk" in names and not subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={args.megabytes}m", "tmpfs", str(disk)], capture_output=True).returncode
+    mounted = (
+        "disk" in names
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={args.megabytes}m", "tmpfs", str(disk)], capture_output=True
+        ).returncode
+    )
     if "disk" in names and not mounted:
         print("cannot mount a small tmpfs here: no full disk in this soak")
         names.remove("disk")

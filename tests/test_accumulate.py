@@ -1,4 +1,5 @@
 """Accumulation gives the gradient of the whole batch, not the mean of the gradients of its parts."""
+
 from functools import cache
 
 import jax

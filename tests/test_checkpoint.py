@@ -1,4 +1,5 @@
 """Checkpoints: what is saved comes back, bit for bit; what is damaged, half written or another run's never does."""
+
 import json
 import os
 import resource
@@ -48,9 +49,11 @@ def make_state(seed: int = 0, *, ema: bool = True) -> State:
 
 def abstract(state: Any, mesh: Any = None, spec: P = P()) -> Any:
     """Shapes with shardings: `spec` for matrices of 16 rows, replicated elsewhere; on one device without a mesh."""
+
     def one(x: Any) -> jax.ShapeDtypeStruct:
         sharding = x.sharding if mesh is None else NamedSharding(mesh, spec if x.shape[:1] == (16,) else P())
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
     return jax.tree.map(one, state)
 
 
@@ -307,7 +310,13 @@ def test_saves_of_another_branch_are_set_aside(tmp_path, caplog):
             saver.save(2, make_state(8), {})
     same_bits(restore(tmp_path, abstract(make_state())).state, make_state(9))
     same_bits(restore(tmp_path, abstract(make_state()), 1).state, make_state(1))
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["00000001", "00000002", "00000002.aside", "00000002.aside1", "00000003.aside"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [
+        "00000001",
+        "00000002",
+        "00000002.aside",
+        "00000002.aside1",
+        "00000003.aside",
+    ]
     assert "step 3 was there before this run reached it" in caplog.text
 
 
@@ -366,7 +375,10 @@ def test_full_disk(tmp_path, limit, words):
         same_bits(restore(folder, abstract(noise(1 << 16))).state, noise(1 << 16))
 
 
-@pytest.mark.parametrize("options, words", [({"every": 0}, "every is 0"), ({"keep": 0}, "keep is 0"), ({"keep_every": -1}, "keep_every is -1"), ({"best_mode": "most"}, "'most'")])
+@pytest.mark.parametrize(
+    "options, words",
+    [({"every": 0}, "every is 0"), ({"keep": 0}, "keep is 0"), ({"keep_every": -1}, "keep_every is -1"), ({"best_mode": "most"}, "'most'")],
+)
 def test_options(tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         open_saver(tmp_path, CheckpointOptions(**options))

@@ -1,4 +1,5 @@
 """A checkpoint of several processes is one checkpoint."""
+
 import json
 import subprocess
 import sys

@@ -1,4 +1,5 @@
 """Configs are read strictly: what is wrong is said by key, value and remedy, before anything is compiled."""
+
 import json
 import os
 import subprocess

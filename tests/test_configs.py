@@ -1,4 +1,5 @@
 """Every shipped recipe: its keys, its full size in shapes, and two shrunk steps, saved, resumed and compared bit for bit."""
+
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,17 +22,30 @@ RESUMED = ("clip_vitb16_cc12m", "codis_small", "hpl_cub200", "jvsm_fashion200k",
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
 
-@pytest.mark.parametrize("file", [*FILES, *(f"{FILES[0].parent}/hpl_{name}.py:resnet50" for name in ("cub200", "inshop"))], ids=lambda f: Path(f).stem + str(f).partition(":")[2])
+@pytest.mark.parametrize(
+    "file",
+    [*FILES, *(f"{FILES[0].parent}/hpl_{name}.py:resnet50" for name in ("cub200", "inshop"))],
+    ids=lambda f: Path(f).stem + str(f).partition(":")[2],
+)
 def test_full_size_in_shapes(file):
     """Method, optimiser, path rules and the whole train step at full size, without an array."""
     config = configs.load(str(file))
     lexical = lexicon.Lexicon(np.arange(4, 4 + (config.method.get("entries") or 100)), (), {}) if config.tokenizer.lexicon else None
     prompt = lexicon.Prompt("{}", (4, 5), 2, 3) if config.tokenizer.prompt else None
-    tokenizer = SimpleNamespace(vocab_size=config.tokenizer.vocab_size, context_length=config.tokenizer.context_length, eos=2, mask=3, lexicon=lexical, prompt=prompt)
+    tokenizer = SimpleNamespace(
+        vocab_size=config.tokenizer.vocab_size,
+        context_length=config.tokenizer.context_length,
+        eos=2,
+        mask=3,
+        lexicon=lexical,
+        prompt=prompt,
+    )
     mesh = make_mesh(configs.read(config).mesh)
     with jax.set_mesh(mesh):
         recipe = configs.read(config)
-        parts = assembly.assemble(recipe, None if recipe.data.captions == "none" else tokenizer, Run(classes=getattr(recipe.method, "classes", 0) or 97))
+        parts = assembly.assemble(
+            recipe, None if recipe.data.captions == "none" else tokenizer, Run(classes=getattr(recipe.method, "classes", 0) or 97)
+        )
         plan = assembly.program(parts, mesh, steps=10_000)
         state, metrics = jax.eval_shape(plan.step, plan.state, plan.batch)
     assert jax.tree.structure(state) == jax.tree.structure(plan.state)

@@ -1,7 +1,8 @@
 """Runs of two and four real processes under every fault, with the time until it is noticed and until the run goes on.
 
-    JAXVL_FAULTS=1 pytest tests/test_faults.py -n 0 -s       prints the table; a quarter of an hour on two free cores
+JAXVL_FAULTS=1 pytest tests/test_faults.py -n 0 -s       prints the table; a quarter of an hour on two free cores
 """
+
 import os
 import random
 import re
@@ -68,7 +69,9 @@ def test_every_fault_loses_nothing(tmp_path, processes):
         for name in faults:
             struck: Struck = strike(soak, name, rng)
             row(processes, struck.fault, struck.noticed, struck.resumed)
-            assert struck.noticed <= NOTICED or name in ("term", "term-member", "kill-launcher", "disk"), struck  # these wait for a step, or for the next save
+            assert struck.noticed <= NOTICED or name in ("term", "term-member", "kill-launcher", "disk"), (
+                struck
+            )  # these wait for a step, or for the next save
         steps = ends(soak)
         print("\n".join(prove(workdir, steps)))
         alone = Soak(tmp_path / "alone", processes, [f"train.steps={steps}", *LONG[1:]], grace=5)
@@ -136,7 +139,10 @@ def test_a_host_that_hangs_but_lives_is_named(tmp_path):
 
 
 def test_clock_skew_changes_nothing(tmp_path):
-    runs = [Faulty(tmp_path / name, f"clock:{process}:{seconds}", "train.steps=24") for name, process, seconds in (("ahead", 1, 86400), ("behind", 0, -86400), ("none", 1, 0))]
+    runs = [
+        Faulty(tmp_path / name, f"clock:{process}:{seconds}", "train.steps=24")
+        for name, process, seconds in (("ahead", 1, 86400), ("behind", 0, -86400), ("none", 1, 0))
+    ]
     for soak in runs:
         soak.start()
         assert soak.launcher.wait(PATIENCE) == 0, soak.said(0)
@@ -149,11 +155,22 @@ def test_elastic(tmp_path):
     """A run of four processes goes on as one, two and eight, and on another mesh: the state exactly, the samples of every batch, the loss up to rounding."""
     first, at, steps = tmp_path / "four", 12, 24
     # In float32: in bfloat16 the rounding of a batch depends on how it is cut, by 1e-3 of the loss in one step.
-    options = ("optim.warmup_steps=1", "checkpoint.every=4", "checkpoint.keep=9", "log.samples=True", "image.dtype=float32", "text.dtype=float32")
+    options = (
+        "optim.warmup_steps=1",
+        "checkpoint.every=4",
+        "checkpoint.keep=9",
+        "log.samples=True",
+        "image.dtype=float32",
+        "text.dtype=float32",
+    )
 
     def run(workdir: Path, processes: int, *overrides: str, devices: int = 1) -> None:
         flags = f"--xla_force_host_platform_device_count={devices} {FAST}"
-        members = [start(workdir, *options, *overrides, **peer, XLA_FLAGS=flags) for peer in peers(processes)] if processes > 1 else [start(workdir, *options, *overrides, XLA_FLAGS=flags)]
+        members = (
+            [start(workdir, *options, *overrides, **peer, XLA_FLAGS=flags) for peer in peers(processes)]
+            if processes > 1
+            else [start(workdir, *options, *overrides, XLA_FLAGS=flags)]
+        )
         for member in members:
             finish(member, workdir)
 
@@ -164,7 +181,12 @@ def test_elastic(tmp_path):
     wanted = read_samples(tmp_path / "whole" / "report", BATCH)
     assert list(wanted) == list(range(1, steps + 1))
     trace = lambda workdir: np.array([line["loss"] for line in metrics(workdir) if "loss" in line])
-    for name, processes, overrides, devices in (("one", 1, (), 1), ("two", 2, (), 1), ("eight", 8, (), 1), ("mesh", 2, ("mesh.data=2", "mesh.fsdp=2"), 2)):
+    for name, processes, overrides, devices in (
+        ("one", 1, (), 1),
+        ("two", 2, (), 1),
+        ("eight", 8, (), 1),
+        ("mesh", 2, ("mesh.data=2", "mesh.fsdp=2"), 2),
+    ):
         workdir = tmp_path / name
         shutil.copytree(first, workdir)
         run(workdir, processes, f"train.steps={at + 1}", *overrides, devices=devices)
@@ -173,7 +195,9 @@ def test_elastic(tmp_path):
         given = read_samples(workdir / "report", BATCH)
         assert given == wanted
         difference = np.abs(trace(workdir) - trace(tmp_path / "whole")) / trace(tmp_path / "whole")
-        print(f"4 -> {processes} processes{' with mesh ' + str(overrides) if overrides else ''}: largest difference of the loss in {steps - at} steps {difference.max():.1e}")
+        print(
+            f"4 -> {processes} processes{' with mesh ' + str(overrides) if overrides else ''}: largest difference of the loss in {steps - at} steps {difference.max():.1e}"
+        )
         assert (difference[:at] == 0).all() and difference[at : at + 4].max() < 1e-4
 
 
@@ -194,22 +218,36 @@ def test_an_unreadable_checkpoint_folder(tmp_path):
 @pytest.fixture
 def network(tmp_path):
     """Two network namespaces joined by a cable: (commands to run inside each, cut, mend)."""
-    names, ip = [f"jaxvl{os.getpid()}{side}" for side in "ab"], lambda *words: subprocess.run(["ip", *words], capture_output=True, text=True)
+    names, ip = (
+        [f"jaxvl{os.getpid()}{side}" for side in "ab"],
+        lambda *words: subprocess.run(["ip", *words], capture_output=True, text=True),
+    )
     made = ip("netns", "add", names[0])
     if made.returncode:
         pytest.skip(f"network namespaces are not allowed here: {made.stderr.strip()}")
     try:
-        steps = [("netns", "add", names[1]), ("link", "add", "va", "netns", names[0], "type", "veth", "peer", "name", "vb", "netns", names[1])]
+        steps = [
+            ("netns", "add", names[1]),
+            ("link", "add", "va", "netns", names[0], "type", "veth", "peer", "name", "vb", "netns", names[1]),
+        ]
         for i, name in enumerate(names):
             link = ["va", "vb"][i]
-            steps += [("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", link), ("-n", name, "link", "set", "lo", "up"), ("-n", name, "link", "set", link, "up")]
+            steps += [
+                ("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", link),
+                ("-n", name, "link", "set", "lo", "up"),
+                ("-n", name, "link", "set", link, "up"),
+            ]
             hosts = Path("/etc/netns") / name / "hosts"
             hosts.parent.mkdir(parents=True)
             hosts.write_text(f"127.0.0.1 localhost\n10.77.0.{i + 1} {socket.gethostname()}\n")  # the address that gloo tells its peers
         for words in steps:
             if (done := ip(*words)).returncode:
                 pytest.skip(f"ip {' '.join(words)}: {done.stderr.strip()}")
-        yield [["ip", "netns", "exec", name] for name in names], lambda: ip("-n", names[0], "link", "set", "va", "down"), lambda: ip("-n", names[0], "link", "set", "va", "up")
+        yield (
+            [["ip", "netns", "exec", name] for name in names],
+            lambda: ip("-n", names[0], "link", "set", "va", "down"),
+            lambda: ip("-n", names[0], "link", "set", "va", "up"),
+        )
     finally:
         for name in names:
             ip("netns", "del", name)
@@ -224,7 +262,14 @@ def test_the_network_between_two_hosts_is_cut(network, tmp_path):
     for i in range(2):
         env = environment(XLA_FLAGS=FAST, JAX_COORDINATOR_ADDRESS="10.77.0.1:12321", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i))
         with open(outs[i], "w") as out:
-            launchers.append(subprocess.Popen([*inside[i], sys.executable, "-m", "jaxvl.group", "--processes=1", "--grace=5", "--pause=20", "--", *train], env=env, stdout=out, stderr=subprocess.STDOUT))
+            launchers.append(
+                subprocess.Popen(
+                    [*inside[i], sys.executable, "-m", "jaxvl.group", "--processes=1", "--grace=5", "--pause=20", "--", *train],
+                    env=env,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                )
+            )
     texts = lambda: "\n".join(out.read_text()[-3000:] for out in outs)
     try:
         until(lambda: whole_steps(workdir / "checkpoints") and last_step(workdir) > 12, texts)
@@ -242,7 +287,12 @@ def test_the_network_between_two_hosts_is_cut(network, tmp_path):
         again = Soak(workdir, 1, [], 0)
         again.out = outs[0]
         until(lambda: resumed(again, mark), texts)
-        row(2, f"network cut, mended after {mended:.0f} s; sides noticed {noticed[0]:.1f} and {noticed[1]:.1f}", max(noticed.values()), time.monotonic() - begin)
+        row(
+            2,
+            f"network cut, mended after {mended:.0f} s; sides noticed {noticed[0]:.1f} and {noticed[1]:.1f}",
+            max(noticed.values()),
+            time.monotonic() - begin,
+        )
         assert max(noticed.values()) <= NOTICED
         for launcher in launchers:
             launcher.terminate()

@@ -1,4 +1,5 @@
 """The members of a run live, die and restart together. They are fakes here, except in the last test."""
+
 import json
 import os
 import signal
@@ -64,7 +65,10 @@ def test_a_run_that_saves_may_fail_for_ever(tmp_path, capsys):
     """Each member makes a newer checkpoint before it fails; the fourth and fifth do not."""
     saves = "import os, sys; f = os.path.join(sys.argv[2], 'checkpoints'); n = len(os.listdir(f)) if os.path.isdir(f) else 0; n < 3 and os.makedirs(os.path.join(f, f'{n:08}')); sys.exit(7)"
     assert run([sys.executable, "-c", saves, "--workdir", str(tmp_path)], processes=1, restarts=1, grace=0.3, pause=0.2) == 7
-    assert capsys.readouterr().err.count("process 0 of 1 ended with exit status 7") == 4 and len(list((tmp_path / "checkpoints").iterdir())) == 3
+    assert (
+        capsys.readouterr().err.count("process 0 of 1 ended with exit status 7") == 4
+        and len(list((tmp_path / "checkpoints").iterdir())) == 3
+    )
 
 
 @pytest.mark.parametrize("last, status", [(2, 2), (143, 143)], ids=["for a person", "terminated"])
@@ -97,7 +101,20 @@ def test_gpus_are_divided():
 @pytest.mark.skipif("JAXVL_KILLS" not in os.environ, reason="two processes, started twice: the acceptance test, with JAXVL_KILLS")
 def test_a_run_of_two_processes_outlives_a_killed_member(tmp_path):
     workdir = tmp_path / "run"
-    command = [sys.executable, "-m", "jaxvl.group", "--processes=2", "--grace=5", "--", sys.executable, "-m", "jaxvl.cli", "train", f"--config={CONFIG}", f"--workdir={workdir}"]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxvl.group",
+        "--processes=2",
+        "--grace=5",
+        "--",
+        sys.executable,
+        "-m",
+        "jaxvl.cli",
+        "train",
+        f"--config={CONFIG}",
+        f"--workdir={workdir}",
+    ]
     with open(tmp_path / "out", "w") as out:
         launcher = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment())
         Progress(workdir).wait(launcher, STEPS // 2)

@@ -1,4 +1,5 @@
 """Which process of a run this is, from flags and from what Slurm, GKE and TPU VMs put into the environment."""
+
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -63,7 +64,9 @@ def metadata():
 
 
 def test_tpu_hosts(tmp_path, metadata):
-    assert hosts.tpu_pod({"TPU_WORKER_HOSTNAMES": "a,b"}, tmp_path) and hosts.tpu_pod({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, tmp_path)
+    assert hosts.tpu_pod({"TPU_WORKER_HOSTNAMES": "a,b"}, tmp_path) and hosts.tpu_pod(
+        {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, tmp_path
+    )
     assert not hosts.tpu_pod({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, tmp_path)
     address, asked = metadata
     env = {"GCE_METADATA_IP": address}

@@ -1,4 +1,5 @@
 """Runs that start from published towers: what is loaded, resized and new, and a run that trains, resumes and exports."""
+
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,14 +123,21 @@ def test_codebooks_start_as_rows_of_the_decoders_output(imported, tmp_path):
     importing.run(str(HF / "llama_gqa" / "model.safetensors"), tmp_path / "llama")
     tower = importing.tower(tmp_path / "llama", "text")
     rows, words = tower["vocab_size"], np.array([7, 3, 11], np.int32)
-    small = SimpleNamespace(vocab_size=rows + 1, context_length=8, eos=2, mask=3, lexicon=lexicon.Lexicon(words, ("a", "b", "c"), {}), prompt=None)
+    small = SimpleNamespace(
+        vocab_size=rows + 1, context_length=8, eos=2, mask=3, lexicon=lexicon.Lexicon(words, ("a", "b", "c"), {}), prompt=None
+    )
     sections = dict(
         method=dict(name="lexvla", adapter_heads=2, width=8), text={**tower, "dtype": "float32", "vocab_size": rows + 1},
         init=dict(text=str(tmp_path / "llama"), skip=""), optim=dict(groups=((r"^(image/|text_codebook)", 0.0),)),
     )  # fmt: skip
     whole = config(imported)
     whole.image.pooler = 0  # LexVLA reads the states of the tower
-    plain = {**whole.to_dict(), **{k: {**whole.to_dict().get(k, {}), **v} for k, v in sections.items()}, "method": {"name": "lexvla", "adapter_heads": 2}, "text": sections["text"]}
+    plain = {
+        **whole.to_dict(),
+        **{k: {**whole.to_dict().get(k, {}), **v} for k, v in sections.items()},
+        "method": {"name": "lexvla", "adapter_heads": 2},
+        "text": sections["text"],
+    }
     parts = assembly.assemble(configs.read(configs.complete(ConfigDict(plain))), small)
     shapes, _ = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
     leaves = initial.plan(parts.recipe, shapes, 1)

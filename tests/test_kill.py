@@ -1,7 +1,8 @@
 """SIGKILL at random moments, a good part of them while a checkpoint is written: the run that is left is the run that was not killed.
 
-    JAXVL_KILLS=20 JAXVL_KILL_SEED=1 pytest tests/test_kill.py     the acceptance test; 5 kills by default
+JAXVL_KILLS=20 JAXVL_KILL_SEED=1 pytest tests/test_kill.py     the acceptance test; 5 kills by default
 """
+
 import contextlib
 import os
 import random
@@ -12,7 +13,13 @@ from running import RECIPE, STEPS, Progress, finish, references, same_run, start
 
 KILLS = int(os.environ.get("JAXVL_KILLS", "5"))
 ASKED = "JAXVL_KILLS" in os.environ
-RECIPES = [RECIPE, *(pytest.param(name, marks=pytest.mark.skipif(not ASKED, reason="minutes; asked for by JAXVL_KILLS")) for name in ("tcl_small", "codis_small"))]
+RECIPES = [
+    RECIPE,
+    *(
+        pytest.param(name, marks=pytest.mark.skipif(not ASKED, reason="minutes; asked for by JAXVL_KILLS"))
+        for name in ("tcl_small", "codis_small")
+    ),
+]
 SEED = int(os.environ.get("JAXVL_KILL_SEED", "0"))
 
 

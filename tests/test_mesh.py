@@ -1,4 +1,5 @@
 """Path rules to shardings: every fault is named, every process gets its rows."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,5 @@
 """The notebooks run from top to bottom, as a reader would run them, with few steps."""
+
 import json
 import os
 import subprocess

@@ -1,4 +1,5 @@
 """Schedules by their formulas, AdamW against ten lines of numpy, groups, decay masks."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,9 @@ def test_schedules():
 
 
 def test_adamw_trajectory_against_numpy():
-    o = OptimOptions(learning_rate=0.1, schedule="constant", weight_decay=0.3, clip_norm=0.7, b1=0.8, b2=0.9, eps=1e-3, groups=(("temperature", 0.5),))
+    o = OptimOptions(
+        learning_rate=0.1, schedule="constant", weight_decay=0.3, clip_norm=0.7, b1=0.8, b2=0.9, eps=1e-3, groups=(("temperature", 0.5),)
+    )
     tx = make_optimizer(o, PARAMS, 10)
     params, state = PARAMS, tx.init(PARAMS)
     want = {"k": np.ones((2, 3, 3)), "b": np.full((2, 3), 0.5), "t": np.array(2.0)}
@@ -28,7 +31,10 @@ def test_adamw_trajectory_against_numpy():
     rng = np.random.default_rng(0)
     for step in range(1, 5):
         g = {k: rng.normal(size=x.shape) for k, x in want.items()}
-        grads = {"blocks": {"kernel": jnp.array(g["k"], jnp.float32), "bias": jnp.array(g["b"], jnp.float32)}, "temperature": jnp.array(g["t"], jnp.float32)}
+        grads = {
+            "blocks": {"kernel": jnp.array(g["k"], jnp.float32), "bias": jnp.array(g["b"], jnp.float32)},
+            "temperature": jnp.array(g["t"], jnp.float32),
+        }
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         norm = np.sqrt(sum((x**2).sum() for x in g.values()))
@@ -66,7 +72,10 @@ def test_values_that_cannot_be(kw, words):
 
 
 def test_group_factors_take_the_first_match():
-    assert factors(OptimOptions(groups=(("kernel", 0.1), ("blocks", 0.2))), PARAMS) == {"blocks": {"kernel": 0.1, "bias": 0.2}, "temperature": 1.0}
+    assert factors(OptimOptions(groups=(("kernel", 0.1), ("blocks", 0.2))), PARAMS) == {
+        "blocks": {"kernel": 0.1, "bias": 0.2},
+        "temperature": 1.0,
+    }
 
 
 TOWERS = {

@@ -82,9 +82,7 @@ def test_bars_nest_on_a_terminal(monkeypatch):
     assert screen.getvalue().endswith("after\n")
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01"), (90061, "1 d 1:01:01")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01"), (90061, "1 d 1:01:01")])
 def test_duration(seconds, text):
     assert duration(seconds) == text
 

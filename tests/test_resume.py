@@ -1,4 +1,5 @@
 """Runs that are stopped, starved of disk or moved to other hosts: each ends as the run that was left alone."""
+
 import os
 import re
 import signal
@@ -13,7 +14,13 @@ from jaxvl.manifest import whole_steps
 from jaxvl.train import TERMINATED
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, pytest.param("tcl_small", marks=pytest.mark.skipif("JAXVL_KILLS" not in os.environ, reason="minutes; asked for by JAXVL_KILLS"))])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RECIPE,
+        pytest.param("tcl_small", marks=pytest.mark.skipif("JAXVL_KILLS" not in os.environ, reason="minutes; asked for by JAXVL_KILLS")),
+    ],
+)
 def test_sigterm_saves(tmp_path, references, recipe):  # noqa: F811
     """The run that goes on from there reads its samples in worker processes, which changes nothing."""
     workdir = tmp_path / "run"
@@ -39,12 +46,18 @@ def test_second_run_is_refused(tmp_path):
 def test_full_disk(tmp_path, reference):  # noqa: F811
     workdir, disk = tmp_path / "run", tmp_path / "run" / "checkpoints"
     disk.mkdir(parents=True)
-    kilobytes = sum(p.stat().st_size for p in (reference / "checkpoints").rglob("*") if p.is_file()) >> 10  # three steps, and no room beside
+    kilobytes = (
+        sum(p.stat().st_size for p in (reference / "checkpoints").rglob("*") if p.is_file()) >> 10
+    )  # three steps, and no room beside
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("cannot mount a small tmpfs here; test_checkpoint.py limits the size of files instead")
     try:
         finish(start(workdir), workdir, 2)
-        failed = int(re.search(rf"step (\d+) could not be saved in {disk}: No space left on device; it needs at least [\d,]+ bytes", said(workdir))[1])
+        failed = int(
+            re.search(rf"step (\d+) could not be saved in {disk}: No space left on device; it needs at least [\d,]+ bytes", said(workdir))[
+                1
+            ]
+        )
         assert whole_steps(disk) == list(range(failed - 4, 0, -4))[:3] != []
         assert not list(disk.glob("*.saving"))
         subprocess.run(["mount", "-o", f"remount,size={20 * kilobytes}k", str(disk)], check=True)

@@ -1,4 +1,5 @@
 """Steps that are not finite: too many in a row take the run back, and on with other samples, whenever it is killed meanwhile."""
+
 import os
 import signal
 
@@ -64,7 +65,15 @@ def poison(monkeypatch):
 
 
 def run(workdir, *overrides):
-    settings = ("train.steps=24", f"train.batch_size={BATCH}", "mesh.data=8", "train.rollback=3", "log.samples=True", "log.tensorboard=False", "checkpoint.keep=9")
+    settings = (
+        "train.steps=24",
+        f"train.batch_size={BATCH}",
+        "mesh.data=8",
+        "train.rollback=3",
+        "log.samples=True",
+        "log.tensorboard=False",
+        "checkpoint.keep=9",
+    )
     return train.train(configs.load(str(CONFIG), [*settings, *overrides]), workdir)
 
 
@@ -72,7 +81,10 @@ def test_a_run_goes_back_and_on_with_other_samples(tmp_path, poison, capsys, mon
     """Samples of the steps 10 to 13 are bad: the third of them is known at step 12 + LATE = 18, or at the save of step 16, which comes first."""
     poison(9 * BATCH, 13 * BATCH)
     assert run(tmp_path / "a", "checkpoint.every=8") == 0
-    assert f"3 steps in a row up to step 16 had a loss or gradient that is not finite: back to step 8, going on with sample {16 * BATCH}" in capsys.readouterr().err
+    assert (
+        f"3 steps in a row up to step 16 had a loss or gradient that is not finite: back to step 8, going on with sample {16 * BATCH}"
+        in capsys.readouterr().err
+    )
     rows = [row for row in metrics(tmp_path / "a") if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 25))
     assert all(np.isfinite(row["loss"]) for row in rows) and [row["skipped"] for row in rows] == [0] * 8 + [4] * 16

@@ -1,4 +1,5 @@
 """Hosts that do not see the same samples are told so before they train on batches that nobody meant."""
+
 import jax
 import numpy as np
 import pytest

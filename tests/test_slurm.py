@@ -1,7 +1,8 @@
 """A real Slurm of one node: a job of two processes that is preempted, cancelled and requeued, and ends as if nothing had happened.
 
-    JAXVL_FAULTS=1 pytest tests/test_slurm.py -s
+JAXVL_FAULTS=1 pytest tests/test_slurm.py -s
 """
+
 import os
 import subprocess
 import time
@@ -32,7 +33,16 @@ def until(true, said, seconds=2 * PATIENCE):
 
 def test_a_job_is_preempted_cancelled_and_requeued(node, tmp_path):
     workdir, out = tmp_path / "run", tmp_path / "out"
-    job = node("sbatch", "--parsable", "--nodes=1", "--ntasks-per-node=2", f"--output={out}", "launch/slurm", f"--config={CONFIG}", f"--workdir={workdir}")
+    job = node(
+        "sbatch",
+        "--parsable",
+        "--nodes=1",
+        "--ntasks-per-node=2",
+        f"--output={out}",
+        "launch/slurm",
+        f"--config={CONFIG}",
+        f"--workdir={workdir}",
+    )
     steps = lambda: [row["step"] for row in metrics(workdir) if "loss" in row] if (workdir / "metrics.jsonl").exists() else []
     said = lambda: out.read_text() if out.exists() else "no output"
     state = lambda: node("squeue", "-h", "-j", job, "-t", "all", "-o", "%T")
@@ -65,7 +75,17 @@ def test_a_job_is_preempted_cancelled_and_requeued(node, tmp_path):
 
 def test_a_job_whose_config_is_wrong_is_not_requeued(node, tmp_path):
     out = tmp_path / "out"
-    job = node("sbatch", "--parsable", "--nodes=1", "--ntasks-per-node=2", f"--output={out}", "launch/slurm", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", "--config.optim.learning_rat=1")
+    job = node(
+        "sbatch",
+        "--parsable",
+        "--nodes=1",
+        "--ntasks-per-node=2",
+        f"--output={out}",
+        "launch/slurm",
+        f"--config={CONFIG}",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.optim.learning_rat=1",
+    )
     state = lambda: node("squeue", "-h", "-j", job, "-t", "all", "-o", "%T %r")
     until(lambda: state().startswith("FAILED"), lambda: state() + out.read_text())
     assert "learning_rat" in out.read_text() and "restart" not in out.read_text()

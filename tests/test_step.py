@@ -1,4 +1,5 @@
 """The step on a method small enough to check by hand: what moves, what is kept, what a broken batch leaves alone."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,7 +80,9 @@ def test_sharded_step_equals_the_dense_one_and_keeps_its_shardings():
     mesh = make_mesh(MeshOptions(data=2, fsdp=4))
     with jax.set_mesh(mesh):
         placed = shardings(state, (*STATE_RULES, *method.rules), mesh)
-        step = jax.jit(step_of(method, tx, grad_shardings=placed.params), donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, P())))
+        step = jax.jit(
+            step_of(method, tx, grad_shardings=placed.params), donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, P()))
+        )
         after, metrics = step(jax.device_put(state, placed), place(batch(), mesh))
     np.testing.assert_allclose(metrics["loss"], dense_metrics["loss"], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), after.params, dense.params)

@@ -1,4 +1,5 @@
 """What a run says and keeps beyond its numbers."""
+
 import ast
 from pathlib import Path
 

@@ -1,7 +1,8 @@
 """A run of seconds for the tests that kill, stop and resume it: a shipped recipe, shrunk, saving every 4 of 48 steps.
 
-    jaxvl train --config=tests/tiny_config.py:tcl_small --workdir=/tmp/run
+jaxvl train --config=tests/tiny_config.py:tcl_small --workdir=/tmp/run
 """
+
 from pathlib import Path
 
 from ml_collections import ConfigDict

@@ -5,6 +5,7 @@
 
 An hour of one core for the first; each run is two minutes.
 """
+
 TRUNK = {
     "image.patch": 8, "image.width": 64, "image.depth": 2, "image.mlp_dim": 192, "data.image_size": 32, "text.width": 64, "text.mlp_dim": 192,
     "tokenizer.context_length": 12, "augment.views": 2, "train.batch_size": 64, "train.steps": 600, "checkpoint.every": 600,
@@ -32,7 +33,15 @@ def sweep(data: str = "emoji") -> dict:
     here = {f"{key}.source": f"{data}/{part}-*.tar" for key, part in (("data", "train"), ("evals.val", "val"), ("evals.rerank", "val"))}
     return dict(
         metric="rerank/dual/i2t/r@1",
-        also=("rerank/dual/i2t/r@10", "rerank/dual/t2i/r@1", "rerank/dual/t2i/r@10", "rerank/i2t/r@1", "rerank/i2t/r@10", "rerank/t2i/r@1", "rerank/t2i/r@10"),
+        also=(
+            "rerank/dual/i2t/r@10",
+            "rerank/dual/t2i/r@1",
+            "rerank/dual/t2i/r@10",
+            "rerank/i2t/r@1",
+            "rerank/i2t/r@10",
+            "rerank/t2i/r@1",
+            "rerank/t2i/r@10",
+        ),
         rows={name: {**row, **TRUNK, **here} for name, row in rows.items()},
         seeds=(0, 1, 2) if data == "emoji" else (0,),
     )

@@ -1,7 +1,7 @@
 """Proxy losses with and without a hierarchy on classes that training has not seen, three seeds each.
 
-    jaxvl sweep --config=configs/sweeps/proxies.py --workdir=runs/proxies                 the embedded glyphs, unseen letters
-    jaxvl sweep --config=configs/sweeps/proxies.py:emoji --workdir=runs/proxies_emoji     reads emoji/train-*.tar, emoji/val-*.tar
+jaxvl sweep --config=configs/sweeps/proxies.py --workdir=runs/proxies                 the embedded glyphs, unseen letters
+jaxvl sweep --config=configs/sweeps/proxies.py:emoji --workdir=runs/proxies_emoji     reads emoji/train-*.tar, emoji/val-*.tar
 """
 
 

@@ -5,6 +5,7 @@
 With `quickstart_search.py:tpe` each point is drawn from what the ones before it gave, and several such commands, on several
 machines that share the folder, work on one study.
 """
+
 from jaxvl.sweep import Uniform
 
 

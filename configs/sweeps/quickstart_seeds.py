@@ -1,6 +1,6 @@
 """The quickstart and two changes to it, three seeds each: is a difference larger than the luck of a seed?
 
-    jaxvl sweep --config=configs/sweeps/quickstart_seeds.py --workdir=runs/seeds
+jaxvl sweep --config=configs/sweeps/quickstart_seeds.py --workdir=runs/seeds
 """
 
 

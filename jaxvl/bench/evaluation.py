@@ -3,6 +3,7 @@ a matrix of all scores costs.
 
 The matrix of 60,502 x 60,502 scores alone is 14.6 GB, so it is built for a part of the rows; the streamed route is timed on that part too.
 """
+
 import json
 import resource
 import time

@@ -40,7 +40,9 @@ def loader(folder: Path, margin: float = OPTIONS.dct_margin, resize: Literal["ho
     """jaxvl: shuffled samples of the tar index, turbo decode, banded bicubic, batch tokenising; uint8"""
     from jaxvl.data.stream import DataOptions, open_data, train_batches
 
-    options = DataOptions(source=str(folder / "*.tar"), indexes=str(folder / "indexes"), dct_margin=margin, resize=resize, chunk=BATCH, threads=1, workers=0)
+    options = DataOptions(
+        source=str(folder / "*.tar"), indexes=str(folder / "indexes"), dct_margin=margin, resize=resize, chunk=BATCH, threads=1, workers=0
+    )
     tokenizer = load_tokenizer(TokenizerOptions(), folder)
     for batch in train_batches(open_data(options), tokenizer, seed=0, start=0, batch_size=BATCH):
         side = OPTIONS.size if resize == "host" else decode.canvas_side(OPTIONS._replace(dct_margin=margin))

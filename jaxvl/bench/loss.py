@@ -1,4 +1,5 @@
 """`jaxvl bench loss`: the contrastive losses alone, all logits at once against the ring, in memory and time."""
+
 import json
 import os
 import statistics

@@ -5,6 +5,7 @@ also what each of several would hold if they were replicated; "sharded": the cla
 twentieth of the classes as negatives and lazy rows. Devices of a CPU share its cores, so there times tell the work of all eight together.
 The largest size is compiled from shapes alone and never allocated.
 """
+
 import json
 import os
 import statistics
@@ -62,12 +63,24 @@ def steps(sizes: Sequence[int], rounds: int) -> list[dict[str, Any]]:
             step = compile_step(classes, layout)
             held[layout] = per_device(step.compiled)
             wall, cpu = timed(step, classes, rounds)
-            rows.append({"classes": classes, "layout": layout, "bytes_a_device": held[layout], "less_than_whole": held["whole"] / held[layout], "step_s": wall, "cpu_s": cpu})
+            rows.append(
+                {
+                    "classes": classes,
+                    "layout": layout,
+                    "bytes_a_device": held[layout],
+                    "less_than_whole": held["whole"] / held[layout],
+                    "step_s": wall,
+                    "cpu_s": cpu,
+                }
+            )
     return rows
 
 
 def compiled_only(classes: int) -> list[dict[str, Any]]:
-    return [{"classes": classes, "layout": layout, "bytes_a_device": per_device(compile_step(classes, layout).compiled)} for layout in ("sharded", "sampled")]
+    return [
+        {"classes": classes, "layout": layout, "bytes_a_device": per_device(compile_step(classes, layout).compiled)}
+        for layout in ("sharded", "sampled")
+    ]
 
 
 def compile_step(classes: int, layout: str, width: int = WIDTH, batch: int = BATCH_SIZE) -> Step:
@@ -140,12 +153,21 @@ def hierarchy(rounds: int, classes: int = CLASSES[0]) -> dict[str, Any]:
             wall[mode].append((time.perf_counter() - begin) / 3)
             cpu[mode].append((time.process_time() - begin_cpu) / 3)
     ratio = lambda of, mode: spread([a / b - 1 for a, b in zip(of[mode], of["none"], strict=True)])
-    rows = {mode: {"step_s": statistics.median(wall[mode]), "overhead": ratio(wall, mode), "cpu_overhead": ratio(cpu, mode)} for mode in MODES[1:]}
+    rows = {
+        mode: {"step_s": statistics.median(wall[mode]), "overhead": ratio(wall, mode), "cpu_overhead": ratio(cpu, mode)}
+        for mode in MODES[1:]
+    }
     refresh, state = runs["frozen"][3], states["frozen"]
     jax.block_until_ready(refresh(state.params, state.memory))
     begin = time.perf_counter()
     jax.block_until_ready(refresh(state.params, state.memory))
-    return {"classes": classes, "coarse": round(classes**0.5), "base_step_s": statistics.median(wall["none"]), "refresh_s": time.perf_counter() - begin, "modes": rows}
+    return {
+        "classes": classes,
+        "coarse": round(classes**0.5),
+        "base_step_s": statistics.median(wall["none"]),
+        "refresh_s": time.perf_counter() - begin,
+        "modes": rows,
+    }
 
 
 def _train_step(mode: str, classes: int) -> tuple[Callable, Any, Any, Callable]:

@@ -2,6 +2,7 @@
 
 By count of matrix products, and by XLA's own count of the same programs with their layers unrolled, since it takes a loop's body once.
 """
+
 import json
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,9 @@ def main(path: str | None, overrides: list[str], rounds: int) -> int:
 
 def measure(recipe: configs.Recipe, options: RerankOptions) -> dict[str, Any]:
     """GFLOPs a pair of the recipe's method at its image size and caption length: counted, by XLA, and their ratios."""
-    unrolled = recipe._replace(image=recipe.image._replace(scan=False, attention="xla"), text=recipe.text._replace(scan=False, attention="xla"))
+    unrolled = recipe._replace(
+        image=recipe.image._replace(scan=False, attention="xla"), text=recipe.text._replace(scan=False, attention="xla")
+    )
     parts = assemble(unrolled, tokenizer(recipe))
     face, side, length = parts.method.score_pair, recipe.data.image_size, recipe.tokenizer.context_length
     assert face is not None  # `assemble` has seen to it

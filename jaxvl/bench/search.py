@@ -4,6 +4,7 @@ Lexical: each vector has `active` of V words, one from each of as many strata of
 TOPICS share about half of them, so that there is something to find. Dense: unit vectors around as many centres. Latencies are of single queries,
 all backends taking turns; scipy's own product is timed twice, with the transpose it is given and with one that was prepared for it.
 """
+
 import importlib.metadata
 import importlib.util
 import json
@@ -45,7 +46,9 @@ def main(config: str | None, overrides: Sequence[str], *, rounds: int) -> int:
 
 
 def run(total: int, words: int, active: int, width: int, queries: int, *, rounds: int) -> dict[str, Any]:
-    versions = {"jax": jax.__version__, "scipy": scipy.__version__} | {package: importlib.metadata.version(package) for package, module in LIBRARIES.values() if _installed(module)}
+    versions = {"jax": jax.__version__, "scipy": scipy.__version__} | {
+        package: importlib.metadata.version(package) for package, module in LIBRARIES.values() if _installed(module)
+    }
     device = jax.devices()[0]
     here = {"device": device.device_kind, "devices": jax.device_count(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as folder:
@@ -85,8 +88,18 @@ def of_words(out: Path, total: int, words: int, active: int, queries: int, round
     table = {name: {**_latency(t), "recall@10": found.get(name, 1.0)} for name, t in times.items()}
     table["device"] = _on_device(rows, singles, mesh, rounds)
     common = seconds["rows"] + seconds["hashing"]
-    built = {"exact": common + seconds["postings"], "two-stage": common + seconds["postings"] + seconds["pruned"], "device": common, **{name: common + seconds[name] for name in also}}
-    stored = {"exact": bytes_of("rows", "postings"), "two-stage": bytes_of("rows", "postings", "pruned"), "device": bytes_of("rows"), **{name: bytes_of("rows", name) for name in also}}
+    built = {
+        "exact": common + seconds["postings"],
+        "two-stage": common + seconds["postings"] + seconds["pruned"],
+        "device": common,
+        **{name: common + seconds[name] for name in also},
+    }
+    stored = {
+        "exact": bytes_of("rows", "postings"),
+        "two-stage": bytes_of("rows", "postings", "pruned"),
+        "device": bytes_of("rows"),
+        **{name: bytes_of("rows", name) for name in also},
+    }
     for name in built:
         table[name] |= {"build_s": round(built[name], 2), "bytes": stored[name]}
     touched = np.diff(postings.indptr)
@@ -124,7 +137,12 @@ def of_numbers(out: Path, total: int, width: int, queries: int, rounds: int) -> 
     for name in ours:
         table[name] |= {"recall@10": _recall(ours[name](asked, AT), truth), "bytes": bytes_of("vectors", *([name] if name in also else [])),
                         "build_s": round(seconds["rows"] + seconds["hashing"] + seconds.get(name, 0), 2)}  # fmt: skip
-    return {"vectors": total, "width": width, "backends": table, "exact_over_product": round(table["exact"]["p50_ms"] / table["plain product"]["p50_ms"], 3)}
+    return {
+        "vectors": total,
+        "width": width,
+        "backends": table,
+        "exact_over_product": round(table["exact"]["p50_ms"] / table["plain product"]["p50_ms"], 3),
+    }
 
 
 def word_vectors(total: int, words: int, active: int, *, seed: int) -> Iterator[sp.csr_array]:

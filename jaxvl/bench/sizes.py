@@ -1,4 +1,5 @@
 """What the benches take instead of a run's own parts: a small built-in config, and the sizes of a tokenizer that has not been trained."""
+
 import re
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,6 +1,7 @@
 """What `jaxvl bench step` measures without a config: two towers of 256 channels, seconds a step on a laptop, and large enough
 that matrix products decide. The data section gives only the image size; nothing is read.
 """
+
 from ml_collections import ConfigDict
 
 

@@ -4,6 +4,7 @@ The programs are those a run of the config would compile, on random pixels and t
 turns in every round, so that whatever else the machine does falls on both; a ratio is taken within a round and the median
 of the rounds is reported. Beside them stand the steps without each way in which the method computes the same for less.
 """
+
 import json
 import math
 import resource
@@ -79,7 +80,12 @@ def measure(recipe: Recipe, *, rounds: int) -> dict[str, Any]:
             steps[name] = compile_step(form.parts, mesh, form.accumulate)
             compiled = time.perf_counter()
             asked: Any = steps[name].memory_analysis()
-            rows[name] = {"accumulate": form.accumulate, "compile_s": compiled - begin, "temporary_bytes": asked.temp_size_in_bytes, "argument_bytes": asked.argument_size_in_bytes}
+            rows[name] = {
+                "accumulate": form.accumulate,
+                "compile_s": compiled - begin,
+                "temporary_bytes": asked.temp_size_in_bytes,
+                "argument_bytes": asked.argument_size_in_bytes,
+            }
             if rounds:
                 begin = time.perf_counter()
                 state, _ = jax.block_until_ready(steps[name](state, batch))
@@ -148,7 +154,11 @@ def pairs(every: Mapping[str, Form], chosen: int, other: int) -> dict[str, tuple
 def compared(name: str, on: Mapping[str, Any], off: Mapping[str, Any]) -> dict[str, Any]:
     """Memory and, where they were run, time with and without an equivalent; ratios are without to with, of medians."""
     row: dict[str, Any] = {"name": name, "accumulate": on["accumulate"]}
-    for key, value in (("temporary_bytes", lambda r: r["temporary_bytes"]), ("step_s", lambda r: r["step_s"]["median"]), ("cpu_s", lambda r: r["cpu_s"]["median"])):
+    for key, value in (
+        ("temporary_bytes", lambda r: r["temporary_bytes"]),
+        ("step_s", lambda r: r["step_s"]["median"]),
+        ("cpu_s", lambda r: r["cpu_s"]["median"]),
+    ):
         if key in on:
             row |= {f"{key}_with": value(on), f"{key}_without": value(off), f"{key}_ratio": value(off) / value(on)}
     return row

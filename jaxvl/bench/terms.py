@@ -3,6 +3,7 @@
 Alone it needs no step: the terms that can be run apart are compiled and run for the config's full batch on random unit vectors, which a
 laptop can do where it could never hold the model.
 """
+
 import json
 import statistics
 import time
@@ -44,7 +45,9 @@ def measure(terms: Mapping[str, Term], mesh: jax.sharding.Mesh, *, rounds: int, 
         if term.run is None:
             continue
         place = [NamedSharding(mesh, BATCH if shape.shape else P()) for shape in term.shapes]
-        drawn = lambda shapes=term.shapes: [unit(jax.random.normal(jax.random.key(i), s.shape)) if s.shape else jnp.float32(0.07) for i, s in enumerate(shapes)]
+        drawn = lambda shapes=term.shapes: [
+            unit(jax.random.normal(jax.random.key(i), s.shape)) if s.shape else jnp.float32(0.07) for i, s in enumerate(shapes)
+        ]
         inputs = jax.jit(drawn, out_shardings=place)()
         program = jax.jit(term.run).lower(*inputs).compile()
         asked: Any = program.memory_analysis()

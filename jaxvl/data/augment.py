@@ -53,7 +53,9 @@ def check(options: AugmentOptions) -> None:
         if not 0 <= getattr(options, name) <= 1:
             raise ValueError(f"augment.{name} is {getattr(options, name)}; it takes a probability, from 0 to 1")
     if len(options.jitter) != 4 or min(options.jitter) < 0 or options.jitter[3] > 0.5:
-        raise ValueError(f"augment.jitter is {options.jitter}; it takes (brightness, contrast, saturation, hue), 0 or more, hue at most 0.5")
+        raise ValueError(
+            f"augment.jitter is {options.jitter}; it takes (brightness, contrast, saturation, hue), 0 or more, hue at most 0.5"
+        )
     low, high = options.blur_sigma
     if not 0 < low <= high:
         raise ValueError(f"augment.blur_sigma is {options.blur_sigma}; it takes two widths in pixels, 0 < low <= high")

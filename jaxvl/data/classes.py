@@ -98,9 +98,13 @@ def _tree(of_sample: np.ndarray, names: Sequence[str], paths: Sequence[Path_], l
     for c, p in np.unique(of_sample[of_sample[:, 0] >= 0], axis=0) if deepest else ():
         path = paths[p][:deepest]
         if len(path) < deepest:
-            raise ValueError(f"data.levels asks for entry {deepest - 1} of the hierarchy {wanted.hierarchy!r}, but class {names[c]!r} has {list(paths[p])}")
+            raise ValueError(
+                f"data.levels asks for entry {deepest - 1} of the hierarchy {wanted.hierarchy!r}, but class {names[c]!r} has {list(paths[p])}"
+            )
         if tree[c] not in (None, path):
-            raise ValueError(f"class {names[c]!r} lies in {'/'.join(tree[c] or ())} and in {'/'.join(path)}: take coarser levels than {tuple(levels)}")
+            raise ValueError(
+                f"class {names[c]!r} lies in {'/'.join(tree[c] or ())} and in {'/'.join(path)}: take coarser levels than {tuple(levels)}"
+            )
         tree[c] = path
     return [path or () for path in tree]
 
@@ -156,7 +160,11 @@ def _cut(source: Source, rows: Sequence[tuple[np.ndarray, np.ndarray]], wanted: 
     bad = source.bad + np.array([len(w) for w in without], np.int64)
     chosen = digest(f"{source.version} {wanted}")
     return source._replace(
-        version=chosen, counts=counts, bad=bad, read=functools.partial(_kept_row, source, kept), known=functools.partial(_known, source, without)
+        version=chosen,
+        counts=counts,
+        bad=bad,
+        read=functools.partial(_kept_row, source, kept),
+        known=functools.partial(_known, source, without),
     )
 
 

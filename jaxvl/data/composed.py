@@ -3,6 +3,7 @@
 Sample n of a run is triplet m of epoch n // N by a keyed permutation of all N of them, so the order contract of the stream holds:
 the same reference, target, text, crops and captions on any number of hosts, workers and threads.
 """
+
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -49,7 +50,11 @@ class Trios(Prepare):
         lanes = keyed.uniforms(keyed.mix(self.seed, TRIPLET, n), LANES)
         places = self.order.at(n)[1]
         arrays = self.arrays(len(n), decode.canvas_side(self.how) if self.on_device else self.how.size)
-        arrays |= {"id": np.full(len(n), -1, np.int32), "id_reference": np.full(len(n), -1, np.int32), "image_reference": np.zeros_like(arrays["image"])}
+        arrays |= {
+            "id": np.full(len(n), -1, np.int32),
+            "id_reference": np.full(len(n), -1, np.int32),
+            "image_reference": np.zeros_like(arrays["image"]),
+        }
         if self.on_device:
             arrays |= {f"frame{suffix}": np.zeros((len(n), 6), np.float32) for suffix in ("", "_reference")}
         texts: dict[str, list[str]] = {"tokens": [], "tokens_reference": [], "tokens_modification": []}

@@ -5,6 +5,7 @@
 PART-00000.tar ... hold KEY.jpg, KEY.txt (where the image has a text) and KEY.json; PART-triplets.jsonl the fixed triplets, where the set has
 them; PART-missing.txt the images that the set names and the folder lacks, which are left out and not fatal.
 """
+
 import csv
 import hashlib
 import json
@@ -49,7 +50,9 @@ def make_set(what: str, folder: Path, out: Path, part: str, per_shard: int) -> t
     there = [item for item in found.items if item.file.is_file()]
     missing = sorted({item.key for item in found.items} - {item.key for item in there})
     if not there:
-        raise ValueError(f"{what}: none of the {len(found.items)} images of part {part!r} is in {folder}, for one {found.items[0].file if found.items else 'of none'}")
+        raise ValueError(
+            f"{what}: none of the {len(found.items)} images of part {part!r} is in {folder}, for one {found.items[0].file if found.items else 'of none'}"
+        )
     out.mkdir(parents=True, exist_ok=True)
     if any(out.glob(f"{part}-*.tar")):
         raise FileExistsError(f"{out} holds shards of {part!r} already; choose an empty folder")
@@ -59,7 +62,14 @@ def make_set(what: str, folder: Path, out: Path, part: str, per_shard: int) -> t
         with webdataset.TarWriter(str(partial), encoder=False, mtime=0.0) as writer:
             for item in progress(iter(there[number * per_shard : (number + 1) * per_shard]), per_shard, f"writing {shard.name}"):
                 text = {"txt": item.text.encode()} if item.text else {}
-                writer.write({"__key__": item.key, "jpg": item.file.read_bytes(), **text, "json": json.dumps(item.fields, ensure_ascii=False).encode()})
+                writer.write(
+                    {
+                        "__key__": item.key,
+                        "jpg": item.file.read_bytes(),
+                        **text,
+                        "json": json.dumps(item.fields, ensure_ascii=False).encode(),
+                    }
+                )
         partial.rename(shard)
     if found.triplets:
         (out / f"{part}-triplets.jsonl").write_text("".join(json.dumps(t, ensure_ascii=False) + "\n" for t in found.triplets))
@@ -89,7 +99,13 @@ def fashion200k(folder: Path, part: str) -> Set:
     triplets = []
     for line in queries.read_text().splitlines():
         source, target = line.split()
-        triplets.append({"reference": key_of(source), "target": key_of(target), "modification": siblings.modification(captions[source], captions[target])})
+        triplets.append(
+            {
+                "reference": key_of(source),
+                "target": key_of(target),
+                "modification": siblings.modification(captions[source], captions[target]),
+            }
+        )
     return Set(items, triplets)
 
 
@@ -105,7 +121,9 @@ def fashioniq(folder: Path, part: str) -> Set:
             words = [w for group in tags.get(key, []) for w in (group if isinstance(group, list) else [group])]
             items[key] = Item(key, folder / "images" / f"{key}.jpg", tag_text(words), {"category": category})
         entries = json.loads((folder / "captions" / f"cap.{category}.{part}.json").read_text())
-        triplets += [{"reference": e["candidate"], "target": e["target"], "modification": e["captions"], "category": category} for e in entries]
+        triplets += [
+            {"reference": e["candidate"], "target": e["target"], "modification": e["captions"], "category": category} for e in entries
+        ]
     return Set(list(items.values()), triplets)
 
 
@@ -127,7 +145,11 @@ def utzap50k(folder: Path, part: str) -> Set:
             if (_share(f"product {product}") < ZAP_TRAIN) != (part == "train"):
                 continue
             attributes = tuple((row.get(name) or "none").replace(";", " and ") for name in ZAP)
-            path = folder / "ut-zap50k-images" / "/".join(p for p in (row["Category"], row["SubCategory"], row.get("Brand", ""), f"{row['CID']}.jpg") if p)
+            path = (
+                folder
+                / "ut-zap50k-images"
+                / "/".join(p for p in (row["Category"], row["SubCategory"], row.get("Brand", ""), f"{row['CID']}.jpg") if p)
+            )
             items.append(Item(row["CID"], path, " ".join(attributes), dict(zip(ZAP, attributes, strict=True))))
             if path.is_file():
                 values[row["CID"]] = attributes

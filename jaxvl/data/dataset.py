@@ -194,13 +194,9 @@ def check(options: DataOptions) -> None:
     """Raise ValueError naming the first option that cannot be right."""
     sources = (options.source,) if isinstance(options.source, str) else options.source
     if not sources or not all(sources):
-        raise ValueError(
-            f"data.source is {options.source!r}; it must name shards, such as '{{0000..0127}}.tar' or 'glyphs://train'"
-        )
+        raise ValueError(f"data.source is {options.source!r}; it must name shards, such as '{{0000..0127}}.tar' or 'glyphs://train'")
     if options.weights and len(options.weights) != len(sources):
-        raise ValueError(
-            f"data.weights has {len(options.weights)} entries for {len(sources)} sources; give one each, or none"
-        )
+        raise ValueError(f"data.weights has {len(options.weights)} entries for {len(sources)} sources; give one each, or none")
     styles = (options.cleaning,) if isinstance(options.cleaning, str) else options.cleaning
     if wrong := [s for s in styles if s not in get_args(Style)]:
         raise ValueError(f"data.cleaning has {wrong[0]!r}; it takes {' or '.join(get_args(Style))}")
@@ -211,9 +207,13 @@ def check(options: DataOptions) -> None:
     asking = {k: getattr(options, k) for k in ("per_class", "levels", "hierarchy") if getattr(options, k)}
     if not options.classes and (asking or options.split_level >= 0):
         key = next(iter(asking), "split_level")
-        raise ValueError(f"data.{key} is {getattr(options, key)!r}, which is read of a table of classes: set data.classes to all, first or second")
+        raise ValueError(
+            f"data.{key} is {getattr(options, key)!r}, which is read of a table of classes: set data.classes to all, first or second"
+        )
     if (options.levels or options.split_level >= 0) and not options.hierarchy:
-        raise ValueError("data.levels and data.split_level are entries of data.hierarchy, which is empty; name a field, or a pattern re:...")
+        raise ValueError(
+            "data.levels and data.split_level are entries of data.hierarchy, which is empty; name a field, or a pattern re:..."
+        )
     if list(options.levels) != sorted(set(options.levels), reverse=True) or min(options.levels, default=0) < 0:
         raise ValueError(f"data.levels is {options.levels}; it must fall from fine to coarse entries of the hierarchy, such as (1, 0)")
     if options.hierarchy.startswith("re:"):
@@ -234,9 +234,13 @@ def check(options: DataOptions) -> None:
     if options.triplets and (options.label or options.per_class):
         raise ValueError("data.label and data.per_class are of single images; leave them out with data.triplets")
     if (options.triplets == triplets.ATTRIBUTES) != bool(options.attributes):
-        raise ValueError(f"data.attributes is {options.attributes}; it must name fields where data.triplets is 'attributes', and nothing otherwise")
+        raise ValueError(
+            f"data.attributes is {options.attributes}; it must name fields where data.triplets is 'attributes', and nothing otherwise"
+        )
     if options.triplets and options.weights:
-        raise ValueError("data.weights shares out samples, but with data.triplets the samples are triplets, whose images may be in any source")
+        raise ValueError(
+            "data.weights shares out samples, but with data.triplets the samples are triplets, whose images may be in any source"
+        )
     for key, low, high in (
         ("image_size", 1, 1 << 14),
         ("max_words", 1, math.inf),
@@ -295,7 +299,9 @@ def read_samples(dataset: Dataset, ids: Sequence[int] | np.ndarray, want: Want =
 def captions(dataset: Dataset, most: int = 1_000_000) -> Iterator[str]:
     """The captions of at most `most` samples, spread evenly, and texts of triplets: what a tokenizer is trained on."""
     ids = np.linspace(0, len(dataset), min(most, len(dataset)), endpoint=False).astype(np.int64)
-    want = Want(image=False, captions=dataset.options.captions != "none", alternates=dataset.options.captions in ("random", "longest"), fields=False)
+    want = Want(
+        image=False, captions=dataset.options.captions != "none", alternates=dataset.options.captions in ("random", "longest"), fields=False
+    )
     for record in read_samples(dataset, ids, want):
         if isinstance(record, Record):
             yield from record.captions

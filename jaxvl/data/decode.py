@@ -13,7 +13,21 @@ from jaxvl.data import pixels
 from jaxvl.data.pixels import Header, Undecodable, read_header
 from jaxvl.data.resize import Box, resize
 
-__all__ = ["UNIFORMS", "DecodeOptions", "Undecodable", "canvas_side", "canvas_views", "check", "decode_canvas", "decode_eval", "decode_full", "decode_train", "decode_views", "probe", "random_box"]
+__all__ = [
+    "UNIFORMS",
+    "DecodeOptions",
+    "Undecodable",
+    "canvas_side",
+    "canvas_views",
+    "check",
+    "decode_canvas",
+    "decode_eval",
+    "decode_full",
+    "decode_train",
+    "decode_views",
+    "probe",
+    "random_box",
+]
 
 UNIFORMS = 22  # of decode_train, each in [0, 1): ten tries of (area, ratio), then the offsets x and y
 

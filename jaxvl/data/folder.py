@@ -1,4 +1,5 @@
 """A folder of images as a source without captions: folder://PATH, every image below it in the order of the paths."""
+
 import functools
 import os
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ def folder_source(pattern: str, how: Place) -> Source:
     """The source of a folder, which counts as one shard. Raises ValueError where it holds no image, or where captions are asked for."""
     folder = Path(os.path.abspath(os.path.expanduser(pattern.removeprefix(SCHEME))))
     if how.captions:
-        raise ValueError(f"data.source {pattern!r} is a folder of images without captions; `jaxvl data make` turns images with captions into shards")
+        raise ValueError(
+            f"data.source {pattern!r} is a folder of images without captions; `jaxvl data make` turns images with captions into shards"
+        )
     if not folder.is_dir():
         raise ValueError(f"data.source {pattern!r}: {folder} is not a folder")
     names = images_below(folder)

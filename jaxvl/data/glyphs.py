@@ -12,6 +12,7 @@ KEY.json), so a first run takes the path of the thousandth. Three parts share no
 Characters come in one order for all parts and sizes, ASCII and those that many faces draw first, so a smaller set is
 contained in a larger one. A `train` of N images covers the characters of a `val-seen` of about N / 14.
 """
+
 import hashlib
 import io
 import itertools

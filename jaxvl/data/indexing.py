@@ -29,9 +29,7 @@ def ensure_indexes(shards: Sequence[str], folder: str, cache: Cache, rebuild: bo
     stamps = _stamps(shards)
     paths = [Path(index_path(s, folder)) for s in shards]
     held = [None if rebuild else read_summary(p) for p in paths]
-    todo = [
-        i for i, (summary, now) in enumerate(zip(held, stamps, strict=True)) if summary is None or summary.stamp != now
-    ]
+    todo = [i for i, (summary, now) in enumerate(zip(held, stamps, strict=True)) if summary is None or summary.stamp != now]
     if todo:
         with locked(Path(folder) / "build.lock"):
             _build([(shards[i], stamps[i], paths[i]) for i in todo], cache, rebuild)
@@ -44,9 +42,7 @@ def ensure_indexes(shards: Sequence[str], folder: str, cache: Cache, rebuild: bo
 
 def _build(jobs: list[tuple[str, tuple[int, int], Path]], cache: Cache, rebuild: bool) -> None:
     large = sum(stamp[0] for _, stamp, _ in jobs) >= PROCESSES_FROM
-    for _ in progress(
-        parallel(_build_one, (cache, rebuild), jobs, cores() if large else 1), len(jobs), "indexing shards"
-    ):
+    for _ in progress(parallel(_build_one, (cache, rebuild), jobs, cores() if large else 1), len(jobs), "indexing shards"):
         pass
 
 
@@ -134,8 +130,6 @@ def _bar(total: int, title: str) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    with Progress(
-        *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
-    ) as bar:
+    with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total)
         yield lambda done: bar.update(task, completed=done)

@@ -3,6 +3,7 @@
 A segmentation is a list of polygons [x0, y0, x1, y1, ...] in pixels, or run lengths {"size": [height, width], "counts": ...} column after
 column, as a list of numbers or as COCO's string. https://cocodataset.org/#format-data
 """
+
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -52,7 +53,9 @@ def read(annotations: str | Path, images: str | Path = "") -> Instances:
         sizes = {i["id"]: (folder / i["file_name"], int(i["height"]), int(i["width"])) for i in body["images"]}
         for a in body["annotations"]:
             if a["image_id"] not in sizes or a["category_id"] not in place:
-                raise ValueError(f"annotation {a.get('id')} is of image {a['image_id']} and category {a['category_id']}, which are not both among its images and categories")
+                raise ValueError(
+                    f"annotation {a.get('id')} is of image {a['image_id']} and category {a['category_id']}, which are not both among its images and categories"
+                )
             segments[a["image_id"]].append(Segment(place[a["category_id"]], float(a.get("area", 0)), a["segmentation"]))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{annotations} is no file of instances in COCO's layout ({type(error).__name__}: {error})") from None

@@ -40,9 +40,7 @@ def permute(x: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
     Feistel network permutes the next power of two, at least 64; values that land outside walk on along their cycle
     until they are inside (above 64, fewer than two steps on average), which keeps the map a bijection of [0, size).
     """
-    x, size, key = np.broadcast_arrays(
-        np.asarray(x, np.uint64), np.asarray(size, np.uint64), np.asarray(key, np.uint64)
-    )
+    x, size, key = np.broadcast_arrays(np.asarray(x, np.uint64), np.asarray(size, np.uint64), np.asarray(key, np.uint64))
     out = x.copy()
     bits = np.maximum(np.ceil(np.log2(np.maximum(size, np.uint64(2)).astype(np.float64))), LEAST_BITS).astype(np.uint64)
     todo = np.flatnonzero(size > np.uint64(1))

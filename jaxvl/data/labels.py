@@ -25,9 +25,7 @@ def class_names(sources: Sequence[Source], field: str, folder: str, key: str = "
         return tuple(json.loads(path.read_text()))
     jobs = [(source, shard) for source, s in enumerate(sources) for shard in range(len(s.shards))]
     large = sum(int(s.counts.sum()) for s in sources) >= PROCESSES_FROM
-    values = set().union(
-        *progress(parallel(_values, (sources, field), jobs, cores() if large else 1), len(jobs), f"reading {field}")
-    )
+    values = set().union(*progress(parallel(_values, (sources, field), jobs, cores() if large else 1), len(jobs), f"reading {field}"))
     if not values:
         raise ValueError(f"{key} is {field!r}, a field that no sample of {', '.join(s.name for s in sources)} has")
     names = () if all(_number(v) is not None for v in values) else tuple(sorted(values))

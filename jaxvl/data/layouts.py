@@ -123,4 +123,9 @@ def _lines(folder: Path, part: str, lists: dict[str, list[str]]) -> Iterator[tup
             yield number, line.strip()
 
 
-LAYOUTS: dict[str, Callable[[Path, str], Iterator[Listed]]] = {"folders": _folders, "sop": _sop, "inshop": _inshop, "inaturalist": _inaturalist}
+LAYOUTS: dict[str, Callable[[Path, str], Iterator[Listed]]] = {
+    "folders": _folders,
+    "sop": _sop,
+    "inshop": _inshop,
+    "inaturalist": _inaturalist,
+}

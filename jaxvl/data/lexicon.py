@@ -3,6 +3,7 @@
 The list is kept with the run's tokenizer as lexicon.json, hashed: coordinate j of every vector and row j of every codebook belong to its
 j-th id, so a codebook read with another list would be nonsense that nothing else notices.
 """
+
 import hashlib
 import json
 import re
@@ -22,7 +23,25 @@ PROMPTS = {
     'The focus of "{}" lies on important words:',
 }
 # Captions that begin and end in what tokenizers like to join with the quotation marks around them.
-PROBES = ("", "A man", "a", "<PERSON> in it.", '"So" it said: "no"', ". dot.", "(a) b)", "'s own'", "1 of 2", "äöü", "日本", "-x-", "?!", " x ", "http://a", "#a", "\\n")
+PROBES = (
+    "",
+    "A man",
+    "a",
+    "<PERSON> in it.",
+    '"So" it said: "no"',
+    ". dot.",
+    "(a) b)",
+    "'s own'",
+    "1 of 2",
+    "äöü",
+    "日本",
+    "-x-",
+    "?!",
+    " x ",
+    "http://a",
+    "#a",
+    "\\n",
+)
 
 RULES = {"ascii_lower_len2": r"[a-z]{2,}", "ascii_any": r"[A-Za-z]+", "all": r"(?s).*"}
 
@@ -55,7 +74,9 @@ def check(rule: str, prompt: str, min_count: int) -> None:
     if rule and rule not in RULES and not Path(rule).is_file():
         raise ValueError(f"tokenizer.lexicon is {rule!r}; it takes {', '.join(RULES)}, a file of ids, or '' for none")
     if prompt and template(prompt).count("{}") != 1:
-        raise ValueError(f"tokenizer.prompt is {prompt!r}; it takes {', '.join(PROMPTS)}, a text with one {{}} for the caption, or '' for the caption alone")
+        raise ValueError(
+            f"tokenizer.prompt is {prompt!r}; it takes {', '.join(PROMPTS)}, a text with one {{}} for the caption, or '' for the caption alone"
+        )
     if min_count < 0:
         raise ValueError(f"tokenizer.lexicon_min_count is {min_count}; it must be at least 0")
 
@@ -64,7 +85,9 @@ def template(prompt: str) -> str:
     return PROMPTS.get(prompt, prompt)
 
 
-def choose(vocabulary: Mapping[str, int], special: Iterable[str], offset: int, made: Mapping[str, Any], count: Callable[[], Counter[int]]) -> Lexicon:
+def choose(
+    vocabulary: Mapping[str, int], special: Iterable[str], offset: int, made: Mapping[str, Any], count: Callable[[], Counter[int]]
+) -> Lexicon:
     """The words that a rule keeps of a tokenizer's vocabulary {piece: its own id}.
 
     made: rule, min_count, stop, as the options name them. count: how often each of our ids is in the captions, asked for only where min_count is
@@ -83,7 +106,10 @@ def choose(vocabulary: Mapping[str, int], special: Iterable[str], offset: int, m
         seen = count()
         kept = {i for i in kept if seen[i] >= made["min_count"]}
     if not kept:
-        raise ValueError(f"tokenizer.lexicon {rule!r} keeps none of {len(names)} pieces" + (f" seen {made['min_count']} times" if made["min_count"] else ""))
+        raise ValueError(
+            f"tokenizer.lexicon {rule!r} keeps none of {len(names)} pieces"
+            + (f" seen {made['min_count']} times" if made["min_count"] else "")
+        )
     ids = sorted(kept)
     return Lexicon(np.array(ids, np.int32), tuple(names[i] for i in ids), dict(made))
 
@@ -111,11 +137,15 @@ def load(folder: Path, vocabulary: Mapping[str, int], offset: int, made: Mapping
         raise ValueError(f"{file} has been changed: its words hash to {found.sha256[:12]}, and it was saved with {body['sha256'][:12]}")
     for i, piece in zip(body["ids"], found.pieces, strict=True):
         if vocabulary.get(piece) != i:
-            raise ValueError(f"{file}: {piece!r} is id {vocabulary.get(piece)} of the tokenizer beside it, not {i}; they are not of one run")
+            raise ValueError(
+                f"{file}: {piece!r} is id {vocabulary.get(piece)} of the tokenizer beside it, not {i}; they are not of one run"
+            )
     for key, value in made.items():
         if found.made.get(key) != value:
             name = "lexicon" if key == "rule" else f"lexicon_{key}"
-            raise ValueError(f"config.tokenizer.{name} is {value!r}, but this run's codebooks are of the {len(found.ids)} words of {found.made.get(key)!r}")
+            raise ValueError(
+                f"config.tokenizer.{name} is {value!r}, but this run's codebooks are of the {len(found.ids)} words of {found.made.get(key)!r}"
+            )
     return found
 
 

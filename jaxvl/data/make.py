@@ -38,15 +38,9 @@ def make_shards(folder: Path, out: Path, per_shard: int) -> tuple[list[Path], li
         raise FileExistsError(f"{out} holds shards already; choose an empty folder")
     images = sorted(p for p in folder.rglob("*") if p.suffix[1:].lower() in IMAGES and p.is_file())
     listed = _listed(folder)
-    captioned = [
-        p
-        for p in images
-        if listed.get(p.relative_to(folder).as_posix(), {}).get("captions") or p.with_suffix(".txt").is_file()
-    ]
+    captioned = [p for p in images if listed.get(p.relative_to(folder).as_posix(), {}).get("captions") or p.with_suffix(".txt").is_file()]
     if not captioned:
-        raise ValueError(
-            f"{folder} has {len(images)} images, none with a NAME.txt or a line in one of {', '.join(LISTS)}"
-        )
+        raise ValueError(f"{folder} has {len(images)} images, none with a NAME.txt or a line in one of {', '.join(LISTS)}")
     samples = progress((_sample(folder, p, listed) for p in captioned), len(captioned), "writing shards")
     shards = [out / f"{number:05d}.tar" for number in range(-(-len(captioned) // per_shard))]
     for number, shard in enumerate(shards):
@@ -157,19 +151,13 @@ def _listed(folder: Path) -> dict[str, dict[str, Any]]:
     if path is None:
         return {}
     with open(path, encoding="utf-8-sig", newline="") as file:
-        lines = (
-            [json.loads(line) for line in file if line.strip()]
-            if path.suffix == ".jsonl"
-            else list(csv.DictReader(file))
-        )
+        lines = [json.loads(line) for line in file if line.strip()] if path.suffix == ".jsonl" else list(csv.DictReader(file))
     listed: dict[str, dict[str, Any]] = {}
     for line in lines:
         file_column = next((c for c in FILE if c in line), None)
         caption_column = next((c for c in CAPTION if c in line), None)
         if file_column is None or caption_column is None:
-            raise ValueError(
-                f"{path}: a line has columns {', '.join(map(str, line))}; it needs one of {FILE} and one of {CAPTION}"
-            )
+            raise ValueError(f"{path}: a line has columns {', '.join(map(str, line))}; it needs one of {FILE} and one of {CAPTION}")
         captions = line.pop(caption_column)
         fields = listed.setdefault(str(line.pop(file_column)), {"captions": []} | line)
         fields["captions"] += captions if isinstance(captions, list) else [str(captions or "")]

@@ -110,10 +110,7 @@ class Train(Prepare):
                 shard, row = self.places.replace(int(n[i]), attempt)
                 sample = self.load(shard, row, cut)
             if isinstance(sample, Bad):
-                raise BadData(
-                    f"sample {n[i]:,} and {ATTEMPTS} substitutes for it cannot be used:\n"
-                    f"{table([*bad[-ATTEMPTS:], sample])}"
-                )
+                raise BadData(f"sample {n[i]:,} and {ATTEMPTS} substitutes for it cannot be used:\n{table([*bad[-ATTEMPTS:], sample])}")
             record, images, numbers = sample
             for suffix, image in zip(suffixes, images, strict=True):
                 if self.on_device:

@@ -2,6 +2,7 @@
 
 The construction of TIRG for Fashion-200k (Vo et al., CVPR 2019, section 4.1), quirks included, since its test queries were made so.
 """
+
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -24,7 +25,7 @@ def replacement(source: str, target: str) -> tuple[str, str]:
 
 
 def modification(source: str, target: str) -> str:
-    """"replace A with B", the text that leads from the first caption to the second."""
+    """ "replace A with B", the text that leads from the first caption to the second."""
     return "replace {} with {}".format(*replacement(source, target))
 
 

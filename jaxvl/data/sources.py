@@ -38,9 +38,7 @@ def braces(pattern: str) -> list[str]:
     for at, letter in enumerate(rest):
         if letter == "}" and depth == 0:
             choices = words if len(words) > 1 else _range(words[0], pattern)
-            return [
-                start + word + tail for choice in choices for word in braces(choice) for tail in braces(rest[at + 1 :])
-            ]
+            return [start + word + tail for choice in choices for word in braces(choice) for tail in braces(rest[at + 1 :])]
         depth += (letter == "{") - (letter == "}")
         words = [*words, ""] if letter == "," and depth == 0 else [*words[:-1], words[-1] + letter]
     raise ValueError(f"data.source {pattern!r}: a brace is not closed")
@@ -94,9 +92,7 @@ def _glyphs(pattern: str, cache: Cache) -> tuple[str, ...]:
     words = dict(parse_qsl(query, keep_blank_values=True))
     unknown = sorted(set(words) - {"size", "pixels", "seed"})
     if part not in glyphs.PARTS or unknown or not all(v.isdigit() for v in words.values()):
-        raise ValueError(
-            f"data.source {pattern!r}: write glyphs://{'|'.join(glyphs.PARTS)}?size=N&pixels=N&seed=N"
-        )
+        raise ValueError(f"data.source {pattern!r}: write glyphs://{'|'.join(glyphs.PARTS)}?size=N&pixels=N&seed=N")
     made_by = digest(f"{matplotlib.__version__} {Path(glyphs.__file__).read_text()}")
     folder = Path(cache.folder) / "glyphs" / "-".join([part, *(f"{k}{words[k]}" for k in sorted(words)), made_by[:8]])
     with locked(folder.with_suffix(".lock")):

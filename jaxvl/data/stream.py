@@ -47,7 +47,15 @@ ENDLESS = 2**48  # batches; longer than any run
 
 
 def train_batches(
-    dataset: Dataset, tokenizer: Any, *, seed: int, start: int, batch_size: int, rows: tuple[int, int] | None = None, views: int = 1, sides: bool = False
+    dataset: Dataset,
+    tokenizer: Any,
+    *,
+    seed: int,
+    start: int,
+    batch_size: int,
+    rows: tuple[int, int] | None = None,
+    views: int = 1,
+    sides: bool = False,
 ) -> Generator[Batch]:
     """Endless batches from global sample `start` on: this process's rows [lo, hi) of each global batch.
 
@@ -63,7 +71,9 @@ def train_batches(
     if dataset.options.per_class and batch_size % dataset.options.per_class:
         raise ValueError(f"data.per_class is {dataset.options.per_class}; it must divide the batch of {batch_size}")
     prepare: Any = Trios(dataset, tokenizer, seed) if dataset.triplets else Train(dataset, tokenizer, seed, views, sides)
-    near = (lambda _: range(len(dataset.counts))) if dataset.triplets else sample_places(dataset, seed).near  # a triplet's images may be in any shard
+    near = (
+        (lambda _: range(len(dataset.counts))) if dataset.triplets else sample_places(dataset, seed).near
+    )  # a triplet's images may be in any shard
     batches = _batches(dataset.options, prepare, _Rows(start, ENDLESS, batch_size, low, high))
     batches = fetch_ahead(batches, dataset, near, start, batch_size)
     return watched(batches, dataset.options.max_bad_rate)
@@ -144,9 +154,7 @@ def _batches(options: DataOptions, prepare: Callable[[np.ndarray], Batch], rows:
     pipeline = grain.MapDataset.source(_Pieces(prepare, rows, pieces))
     pipeline = pipeline.to_iter_dataset(grain.ReadOptions(threads, max(ahead, threads)))
     if workers:
-        pipeline = pipeline.mp_prefetch(
-            grain.MultiprocessingOptions(workers, ahead), functools.partial(_begin_worker, os.getpid())
-        )
+        pipeline = pipeline.mp_prefetch(grain.MultiprocessingOptions(workers, ahead), functools.partial(_begin_worker, os.getpid()))
         shared = grain.experimental.DatasetOptions(min_shm_size=SHARED_FROM)
         pipeline = grain.experimental.WithOptionsIterDataset(pipeline, shared)
     chunks = iter(pipeline)

@@ -23,9 +23,7 @@ VERSION = 1
 HEADER = struct.Struct("<8sQQQQQQQQ")
 WORDS = tuple(REASONS)
 
-ROW = np.dtype(
-    [(f"{slot}_at", "<u8") for slot in SLOTS] + [(f"{slot}_size", "<u4") for slot in SLOTS] + [("key_end", "<u4")]
-)
+ROW = np.dtype([(f"{slot}_at", "<u8") for slot in SLOTS] + [(f"{slot}_size", "<u4") for slot in SLOTS] + [("key_end", "<u4")])
 BAD = np.dtype([("key_end", "<u4"), ("reason", "<u4")])
 
 
@@ -118,9 +116,7 @@ def save_index(index: Index, path: Path) -> None:
     """Write `index` at `path` in one step, so that no reader ever sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     damage = np.array([WORDS.index(d) for d in index.damage], "<u4")
-    head = HEADER.pack(
-        MAGIC, VERSION, *index.stamp, index.pairs, len(index.rows), len(index.bad), len(damage), len(index.keys)
-    )
+    head = HEADER.pack(MAGIC, VERSION, *index.stamp, index.pairs, len(index.rows), len(index.bad), len(damage), len(index.keys))
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with open(partial, "wb") as file:
         for part in (head, index.rows, index.bad, damage, index.keys):

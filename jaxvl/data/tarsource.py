@@ -144,7 +144,6 @@ def _known(files: TarFiles) -> Iterator[Bad]:
         found = [("", reason) for reason in index.damage] + index.bad_keys()
         if files.text:
             found += [
-                (index.key(row), "blank" if index.rows["text_at"][row] else "nocaption")
-                for row in range(index.pairs, len(index.rows))
+                (index.key(row), "blank" if index.rows["text_at"][row] else "nocaption") for row in range(index.pairs, len(index.rows))
             ]
         yield from (Bad(files.shards[shard], key, reason) for key, reason in found)

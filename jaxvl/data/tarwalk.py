@@ -137,9 +137,7 @@ def _parse(block: bytes) -> _Header | None:
     if stored is None or size is None or len(block) < BLOCK:
         return None
     total = sum(block) - sum(block[148:156]) + 256
-    if stored != total and stored != total - 256 * sum(
-        b > 127 for b in block[:148] + block[156:]
-    ):  # signed bytes of old tars
+    if stored != total and stored != total - 256 * sum(b > 127 for b in block[:148] + block[156:]):  # signed bytes of old tars
         return None
     name = block[:100].split(b"\0", 1)[0]
     if block[257:263] == b"ustar\0" and block[345:346] != b"\0":

@@ -90,13 +90,17 @@ class Tokenizer:
     `ask` and `lexicon.py`, None without.
     """
 
-    def __init__(self, backend: Any, context_length: int, bos: str | None, eos: str, pad: str | None, end: bool = True, mask: str | None = None) -> None:
+    def __init__(
+        self, backend: Any, context_length: int, bos: str | None, eos: str, pad: str | None, end: bool = True, mask: str | None = None
+    ) -> None:
         """`backend` is a tokenizers.Tokenizer; it is kept and changed: template, truncation, no padding. end: captions end in EOS."""
         from tokenizers import processors
 
         least = 1 + (bos is not None) + end
         if context_length < least:
-            raise ValueError(f"tokenizer.context_length is {context_length}; it takes {least} or more, for {bos or ''}{eos if end else ''} and a token")
+            raise ValueError(
+                f"tokenizer.context_length is {context_length}; it takes {least} or more, for {bos or ''}{eos if end else ''} and a token"
+            )
         first, last = backend.token_to_id(bos) if bos else None, backend.token_to_id(eos)
         specials = [(t, backend.token_to_id(t)) for t in dict.fromkeys(filter(None, (bos, eos)))]
         template = " ".join(f"{t}:0" for t in (bos, "$A", eos if end else None) if t)
@@ -243,7 +247,15 @@ def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None, 
 
         names = json.loads((Path(folder) / "tokenizer_config.json").read_text())
         saved = Backend.from_file(str(Path(folder) / "tokenizer.json"))
-        made = Tokenizer(saved, options.context_length, names.get("bos_token"), names["eos_token"], names.get("pad_token"), options.end, names.get("mask_token"))
+        made = Tokenizer(
+            saved,
+            options.context_length,
+            names.get("bos_token"),
+            names["eos_token"],
+            names.get("pad_token"),
+            options.end,
+            names.get("mask_token"),
+        )
         return _complete(made, options, (), Path(folder))
     if options.name in TRAINED:
         raise ValueError(f"tokenizer.name is {options.name!r}, which is trained on captions; only a folder or a hub name can be loaded")

@@ -54,25 +54,18 @@ def tfds_source(pattern: str, how: Place) -> Source:
     name, _, split = path.rpartition("/")
     unknown = sorted(set(words) - {"dir", "image", "caption"})
     if not name or not split or unknown:
-        raise ValueError(
-            f"data.source {pattern!r}: write tfds://NAME/SPLIT?dir=FOLDER&image=FEATURE&caption=FEATURE"
-        )
-    asked = _Split(
-        pattern, name, split, words.get("dir", ""), words.get("image", ""), words.get("caption", how.caption_field)
-    )
+        raise ValueError(f"data.source {pattern!r}: write tfds://NAME/SPLIT?dir=FOLDER&image=FEATURE&caption=FEATURE")
+    asked = _Split(pattern, name, split, words.get("dir", ""), words.get("image", ""), words.get("caption", how.caption_field))
     opened = _open(asked)
     if how.captions and not opened.caption:
         raise ValueError(
-            f"data.source {pattern!r} has no feature {' or '.join(CAPTIONS)}; "
-            f"add ?caption= one of {', '.join(opened.features)}"
+            f"data.source {pattern!r} has no feature {' or '.join(CAPTIONS)}; add ?caption= one of {', '.join(opened.features)}"
         )
     counts = np.array(opened.lengths, np.int64)
     shards = tuple(f"{pattern}#{i}" for i in range(len(counts)))
     starts = np.append(0, np.cumsum(counts))
     version = digest(f"{pattern} {opened.version} {opened.lengths}")
-    return Source(
-        pattern, version, shards, counts, np.zeros_like(counts), functools.partial(_read, asked, starts, how.cleaning), _nothing
-    )
+    return Source(pattern, version, shards, counts, np.zeros_like(counts), functools.partial(_read, asked, starts, how.cleaning), _nothing)
 
 
 def _nothing() -> Iterator[Bad]:

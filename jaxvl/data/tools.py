@@ -83,7 +83,14 @@ def stats(paths: Sequence[str], json: bool = False, indexes: str = "", cache: st
 
 
 def make(
-    what: str, out: Path, part: str = "train", size: int | None = None, per_shard: int = 1000, images: str = "", split: str = "", layout: str = ""
+    what: str,
+    out: Path,
+    part: str = "train",
+    size: int | None = None,
+    per_shard: int = 1000,
+    images: str = "",
+    split: str = "",
+    layout: str = "",
 ) -> int:
     """Write shards into `out`: for "glyphs" `size` images of a `part`; for "fashion200k:FOLDER", "fashioniq:..." and "utzap50k:..." a `part`
     of that set, as published; for an annotation file WHAT.json those of its `images` that are in the splits of `split`,
@@ -138,11 +145,7 @@ def known_counts(source: Source) -> list[ShardCount]:
 def check_source(source: Source) -> list[dict[int, tuple[str, str]]]:
     """Of every shard, the rows whose samples cannot be used although the index has them: row -> key, reason."""
     shards = range(len(source.shards))
-    return list(
-        progress(
-            parallel(_check_shard, source, shards, _workers(int(source.counts.sum()))), len(shards), "checking shards"
-        )
-    )
+    return list(progress(parallel(_check_shard, source, shards, _workers(int(source.counts.sum()))), len(shards), "checking shards"))
 
 
 def _check_shard(source: Source, shard: int) -> dict[int, tuple[str, str]]:
@@ -210,9 +213,7 @@ def _describe(rows: list[tuple]) -> dict[str, Any]:
         "image bytes": size, "width": width, "height": height, "width / height": width / height,
         "caption characters": characters, "caption words": words, "captions a sample": number,
     }  # fmt: skip
-    spread = {
-        name: {q: round(float(np.quantile(v, at)), 3) for q, at in QUANTILES.items()} for name, v in columns.items()
-    }
+    spread = {name: {q: round(float(np.quantile(v, at)), 3) for q, at in QUANTILES.items()} for name, v in columns.items()}
     return {
         "repeated images": len(rows) - len(set(images)),
         "repeated captions": len(rows) - len(set(captions)),
@@ -265,9 +266,7 @@ def _print_counts(counts: list[ShardCount], json: bool) -> int:
     if len(counts) > SHOWN:
         table.add_row(f"... and {len(counts) - SHOWN} more, with fewer faults", "", "", "", "", "")
     table.add_section()
-    table.add_row(
-        "all", f"{good + reasons.total():,}", f"{good:,}", f"{reasons.total():,}", _words(reasons), _words(damage)
-    )
+    table.add_row("all", f"{good + reasons.total():,}", f"{good:,}", f"{reasons.total():,}", _words(reasons), _words(damage))
     console = Console()
     console.print(table)
     for word in sorted({*reasons, *damage}):

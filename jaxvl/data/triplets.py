@@ -9,6 +9,7 @@ data.triplets says where they come from:
 
 An image that a file names and no shard has is listed, and its triplets are left out.
 """
+
 import functools
 import json
 import re
@@ -150,7 +151,9 @@ def read_files(paths: Sequence[str], ids: dict[str, int]) -> tuple[list[Triplet]
             with fsspec.open(path, "rt", encoding="utf-8") as file:
                 content = file.read().splitlines()
         except OSError as error:
-            raise ValueError(f"data.triplets: {path} cannot be read ({error}); it is a file of one triplet a line, or set data.triplets to {SIBLINGS!r}") from None
+            raise ValueError(
+                f"data.triplets: {path} cannot be read ({error}); it is a file of one triplet a line, or set data.triplets to {SIBLINGS!r}"
+            ) from None
         for number, line in enumerate(content, 1):
             if not line.strip():
                 continue
@@ -162,7 +165,9 @@ def read_files(paths: Sequence[str], ids: dict[str, int]) -> tuple[list[Triplet]
                 found.append(Triplet(ids[fields["reference"]], ids[fields["target"]], texts, fields))
     if not found:
         some = ", ".join(key for _, key in list(missing)[:3])
-        raise ValueError(f"data.triplets: none of the {lines} triplets of {', '.join(paths)} has both its images in the shards (missing: {some or 'nothing'})")
+        raise ValueError(
+            f"data.triplets: none of the {lines} triplets of {', '.join(paths)} has both its images in the shards (missing: {some or 'nothing'})"
+        )
     return found, tuple(missing.values())
 
 
@@ -171,11 +176,17 @@ def _line(path: str, number: int, line: str) -> tuple[dict[str, Any], tuple[str,
         fields = json.loads(line)
         texts = fields["modification"]
         texts = (texts,) if isinstance(texts, str) else tuple(texts)
-        good = bool(texts) and all(isinstance(t, str) and t.strip() for t in texts) and all(isinstance(fields[k], str) for k in ("reference", "target"))
+        good = (
+            bool(texts)
+            and all(isinstance(t, str) and t.strip() for t in texts)
+            and all(isinstance(fields[k], str) for k in ("reference", "target"))
+        )
     except (ValueError, KeyError, TypeError):
         good = False
     if not good:
-        raise ValueError(f"{path}, line {number}: {line[:80]!r} is no triplet; it needs the texts reference, target and modification (or a list of texts)")
+        raise ValueError(
+            f"{path}, line {number}: {line[:80]!r} is no triplet; it needs the texts reference, target and modification (or a list of texts)"
+        )
     return fields, texts
 
 
@@ -189,7 +200,9 @@ def keys(sources: Sequence[Source]) -> dict[str, int]:
     ids: dict[str, int] = {}
     for at, record in enumerate(_records(sources, Want(image=False, captions=False, alternates=False, fields=False))):
         if ids.setdefault(record.key, at) != at:
-            raise ValueError(f"data.triplets: two samples of {', '.join(s.name for s in sources)} have the key {record.key!r}, so triplets cannot name them")
+            raise ValueError(
+                f"data.triplets: two samples of {', '.join(s.name for s in sources)} have the key {record.key!r}, so triplets cannot name them"
+            )
     return ids
 
 

@@ -2,6 +2,7 @@
 
 The text side of TIRG, VAL and JVSM, whose recurrent encoders read words. A word that training never saw is unknown.
 """
+
 import string
 from collections.abc import Iterable
 from typing import Any

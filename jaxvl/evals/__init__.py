@@ -1,4 +1,5 @@
 """Evaluations by kind, and the one way to run them, in a run and on its own. A kind's module is imported when it is asked for."""
+
 import importlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -48,7 +49,9 @@ def suits(evals: Mapping[str, Any], name: str, method: Any) -> None:
     """Raises ValueError where an evaluation asks for what the method of this name cannot do."""
     for key, options in evals.items():
         if getattr(method, EVALS[options.kind].needs) is None:
-            raise ValueError(f"config.evals.{key}.kind is {options.kind!r}, which needs a method with {EVALS[options.kind].needs}; {name} has none")
+            raise ValueError(
+                f"config.evals.{key}.kind is {options.kind!r}, which needs a method with {EVALS[options.kind].needs}; {name} has none"
+            )
 
 
 def run(evals: Mapping[str, Any], method: Any, params: Any, tokenizer: Any, data: Any, augment: Any) -> tuple[dict[str, float], list]:

@@ -3,10 +3,11 @@
 Queries rank a gallery, or each other where there is none, a query never being an item of its own (it is left out by its place, not as
 the first hit). Nothing holds a score of every query with every item: ranks are counted, the first places kept, in blocks.
 """
+
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -58,7 +59,7 @@ class Places(NamedTuple):
 
 
 def evaluate(name: str, options: MetricLearningOptions, model: Model) -> tuple[dict[str, float], list[Gallery]]:
-    """"r@K" under the stable rule, "r_precision", "map@r", "nmi_MEAN", and "lone", queries without a right item, which no mean counts."""
+    """ "r@K" under the stable rule, "r_precision", "map@r", "nmi_MEAN", and "lone", queries without a right item, which no mean counts."""
     datasets = _open(options, model.data)
     queries, *rest = [embed_samples(model, dataset, options.batch_size) for dataset in datasets]
     items = rest[0] if rest else None
@@ -76,7 +77,13 @@ def open_checked(options: MetricLearningOptions, data: DataOptions) -> Dataset:
 
 
 def measure(
-    queries: np.ndarray, labels: np.ndarray, items: np.ndarray | None, item_labels: np.ndarray | None, ks: Sequence[int], mesh: Mesh, block: int = BLOCK
+    queries: np.ndarray,
+    labels: np.ndarray,
+    items: np.ndarray | None,
+    item_labels: np.ndarray | None,
+    ks: Sequence[int],
+    mesh: Mesh,
+    block: int = BLOCK,
 ) -> dict[str, float]:
     """The numbers of a ranking by the dot products of float32 rows; warns where the order of equal scores matters to them."""
     own = items is None or item_labels is None
@@ -160,8 +167,12 @@ def gallery(
     for q, picture in enumerate(shown(datasets[0], queries, chosen)):
         keep = [i for i, item in enumerate(top[q]) if not (own and item == chosen[q])][:HITS]
         pictures = shown(datasets[-1], found, top[q][keep])
-        hits = tuple(Hit(p, float(scores[q, i]), bool(found_labels[top[q, i]] == labels[chosen[q]])) for p, i in zip(pictures, keep, strict=True))
-        rank = int(first[q]) if first is not None else next((r for r, hit in enumerate(hits) if hit.right), HITS)  # known as far as it is shown
+        hits = tuple(
+            Hit(p, float(scores[q, i]), bool(found_labels[top[q, i]] == labels[chosen[q]])) for p, i in zip(pictures, keep, strict=True)
+        )
+        rank = (
+            int(first[q]) if first is not None else next((r for r, hit in enumerate(hits) if hit.right), HITS)
+        )  # known as far as it is shown
         names = datasets[0].classes
         rows.append(Query(picture, hits, rank, names[queries.labels[chosen[q]]] if names else str(queries.labels[chosen[q]])))
     return Gallery(f"{name}: image to class", tuple(rows))
@@ -172,5 +183,6 @@ def _open(options: MetricLearningOptions, data: DataOptions) -> list[Dataset]:
         raise ValueError(f"ks is {options.ks}; it must be one or more whole numbers from 1")
     if not options.label or options.show < 0:
         raise ValueError(f"label is {options.label!r} and show is {options.show}; they must name a field and be at least 0")
-    choice = {"label": options.label, "classes": options.classes, "hierarchy": options.hierarchy, "split_level": options.split_level}
-    return [open_for(data, source, captions="none", **choice) for source in (options.source, options.gallery) if source or source is options.source]  # type: ignore[arg-type]
+    choice: dict[str, Any] = {name: getattr(options, name) for name in ("label", "classes", "hierarchy", "split_level")}
+    sources = [options.source, *([options.gallery] if options.gallery else [])]
+    return [open_for(data, source, captions="none", **choice) for source in sources]

@@ -4,6 +4,7 @@ Of one model and one gallery: the composed query, the reference image alone, the
 then text-to-image and image-to-text retrieval, where equal captions are equally right. The reference is no item of its own query's
 gallery. Several targets of the same reference and text are all right answers.
 """
+
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -55,7 +56,7 @@ class Asked(NamedTuple):
 
 
 def evaluate(name: str, options: ComposedOptions, model: Model) -> tuple[dict[str, float], list[Gallery]]:
-    """"composed/r@K", "image/r@K", "text/r@K", "sum/r@K", and "t2i/...", "i2t/..." of the images with a caption.
+    """ "composed/r@K", "image/r@K", "text/r@K", "sum/r@K", and "t2i/...", "i2t/..." of the images with a caption.
 
     Where triplets have a category, each category is ranked in its own gallery, its numbers begin with "PROTOCOL/CATEGORY/", and those
     that begin with "PROTOCOL/" are the means; PROTOCOL is the gallery and what the texts were, such as "original,single". It is left
@@ -81,10 +82,33 @@ def evaluate(name: str, options: ComposedOptions, model: Model) -> tuple[dict[st
         gallery = gallery[place[gallery] >= 0]
         queries, valid = embed_queries(model, dataset, asked, place, embedded.images, options.batch_size)
         asked = Asked(asked.images[valid], tuple(np.array(asked.texts, object)[valid]), asked.answers[valid])
-        found = {what: rank(model, q, embedded.images[place[gallery]], gallery, asked, caption_ids if options.right == "caption" else None, options) for what, q in queries.items()}
-        numbers.append({f"{what}/r@{k}": float(r) for what, ranks in found.items() for k, r in zip(options.ks, ranking.recall_at(ranks.stable, options.ks), strict=True)})
+        found = {
+            what: rank(
+                model, q, embedded.images[place[gallery]], gallery, asked, caption_ids if options.right == "caption" else None, options
+            )
+            for what, q in queries.items()
+        }
+        numbers.append(
+            {
+                f"{what}/r@{k}": float(r)
+                for what, ranks in found.items()
+                for k, r in zip(options.ks, ranking.recall_at(ranks.stable, options.ks), strict=True)
+            }
+        )
         if options.show:
-            shown.append(show(name + (f" {category}" if category else ""), options, model, dataset, asked, queries["composed"], embedded.images[place[gallery]], gallery, found["composed"]))
+            shown.append(
+                show(
+                    name + (f" {category}" if category else ""),
+                    options,
+                    model,
+                    dataset,
+                    asked,
+                    queries["composed"],
+                    embedded.images[place[gallery]],
+                    gallery,
+                    found["composed"],
+                )
+            )
     several = any(categories) or any(len(t.texts) > 1 for t in rows)
     protocol = f"{options.gallery},{options.texts}/" if several or (options.gallery, options.texts) != ("original", "joined") else ""
     out = {f"{protocol}{k}": float(np.mean([n[k] for n in numbers])) for k in numbers[0]}
@@ -125,7 +149,10 @@ def categories_of(dataset: Dataset, categories: list[str]) -> np.ndarray:
     if categories == [""]:
         return np.full(len(dataset), "", object)
     want = Want(image=False, captions=False, alternates=False)
-    return np.array([str(r.meta.get("category", "")) if isinstance(r, Record) else "" for r in read_samples(dataset, np.arange(len(dataset)), want)], object)
+    return np.array(
+        [str(r.meta.get("category", "")) if isinstance(r, Record) else "" for r in read_samples(dataset, np.arange(len(dataset)), want)],
+        object,
+    )
 
 
 def ask(rows: list[Triplet], how: Texts) -> Asked:
@@ -142,17 +169,30 @@ def ask(rows: list[Triplet], how: Texts) -> Asked:
     return Asked(np.array([image for image, _ in answers], np.int64), tuple(text for _, text in answers), table)
 
 
-def embed_queries(model: Model, dataset: Dataset, asked: Asked, place: np.ndarray, images: np.ndarray, batch_size: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def embed_queries(
+    model: Model, dataset: Dataset, asked: Asked, place: np.ndarray, images: np.ndarray, batch_size: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Query embeddings float32 [query, d] by how they are made, of the usable queries, and which are, bool [all queries]."""
     composed, text, valid = embed.embed_queries(model, dataset, asked.images, list(asked.texts), batch_size)
     valid &= place[asked.images] >= 0
     composed, text, image = composed[valid], text[valid], images[place[asked.images[valid]]]
     both = image + text
-    return {"composed": composed, "image": image, "text": text, "sum": both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-12)}, valid
+    return {
+        "composed": composed,
+        "image": image,
+        "text": text,
+        "sum": both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-12),
+    }, valid
 
 
 def rank(
-    model: Model, queries: np.ndarray, items: np.ndarray, gallery: np.ndarray, asked: Asked, caption_ids: np.ndarray | None, options: ComposedOptions
+    model: Model,
+    queries: np.ndarray,
+    items: np.ndarray,
+    gallery: np.ndarray,
+    asked: Asked,
+    caption_ids: np.ndarray | None,
+    options: ComposedOptions,
 ) -> Ranks:
     """Ranks of the best right image; `gallery` int [item] are the ids of `items`."""
     row = np.full(max(int(gallery.max()), int(asked.answers.max()), int(asked.images.max())) + 1, -1)
@@ -165,8 +205,10 @@ def rank(
     return streamed_ranks(queries, items, nothing, np.zeros(len(items), np.int64), model.mesh, without=without, answers=answers)
 
 
-def text_image(model: Model, embedded: Embedded, captions: Sequence[str | None], caption_ids: np.ndarray, options: ComposedOptions) -> dict[str, float]:
-    """"t2i/r@K" and "i2t/r@K" between the captioned images and their distinct captions; {} where there are none."""
+def text_image(
+    model: Model, embedded: Embedded, captions: Sequence[str | None], caption_ids: np.ndarray, options: ComposedOptions
+) -> dict[str, float]:
+    """ "t2i/r@K" and "i2t/r@K" between the captioned images and their distinct captions; {} where there are none."""
     usable = [(row, i, c) for row, i in enumerate(embedded.ids) if (c := captions[i]) is not None]
     if not usable:
         return {}
@@ -174,12 +216,27 @@ def text_image(model: Model, embedded: Embedded, captions: Sequence[str | None],
     groups, images = caption_ids[list(ids)], embedded.images[list(found)]
     unique, first = np.unique(groups, return_index=True)
     texts = embed_texts(model, [words[i] for i in first], options.batch_size)
-    ways = {"t2i": streamed_ranks(texts, images, unique, groups, model.mesh), "i2t": streamed_ranks(images, texts, groups, unique, model.mesh)}
-    return {f"{way}/r@{k}": float(r) for way, ranks in ways.items() for k, r in zip(options.ks, ranking.recall_at(ranks.stable, options.ks), strict=True)}
+    ways = {
+        "t2i": streamed_ranks(texts, images, unique, groups, model.mesh),
+        "i2t": streamed_ranks(images, texts, groups, unique, model.mesh),
+    }
+    return {
+        f"{way}/r@{k}": float(r)
+        for way, ranks in ways.items()
+        for k, r in zip(options.ks, ranking.recall_at(ranks.stable, options.ks), strict=True)
+    }
 
 
 def show(
-    title: str, options: ComposedOptions, model: Model, dataset: Dataset, asked: Asked, queries: np.ndarray, items: np.ndarray, gallery: np.ndarray, ranks: Ranks
+    title: str,
+    options: ComposedOptions,
+    model: Model,
+    dataset: Dataset,
+    asked: Asked,
+    queries: np.ndarray,
+    items: np.ndarray,
+    gallery: np.ndarray,
+    ranks: Ranks,
 ) -> Gallery:
     """Composed queries evenly spread over all of them, with the images they retrieve; the reference may be among those shown."""
     chosen = np.unique(np.linspace(0, len(queries) - 1, options.show).round().astype(int))

@@ -1,4 +1,5 @@
 """From an opened data set to embeddings on the host: jitted, split over the mesh, in batches of one shape with a mask."""
+
 import io
 import warnings
 from collections import Counter
@@ -47,8 +48,15 @@ class Embedded(NamedTuple):
 
 
 def open_for(
-    data: DataOptions, source: str | Sequence[str], *, captions: Literal["first", "random", "none"] = "first", label: str = "", cleaning: Literal["", "plain", "albef"] = "",
-    classes: Literal["", "all", "first", "second"] = "", hierarchy: str = "", split_level: int = -1,
+    data: DataOptions,
+    source: str | Sequence[str],
+    *,
+    captions: Literal["first", "random", "none"] = "first",
+    label: str = "",
+    cleaning: Literal["", "plain", "albef"] = "",
+    classes: Literal["", "all", "first", "second"] = "",
+    hierarchy: str = "",
+    split_level: int = -1,
 ) -> Dataset:
     """The data set of an evaluation, read as the training's, its captions cleaned as `cleaning` says or as the training's.
 
@@ -59,7 +67,9 @@ def open_for(
     source = source if isinstance(source, str) else tuple(source)
     styles: set[Style] = {cleaning} if cleaning else {data.cleaning} if isinstance(data.cleaning, str) else set(data.cleaning)
     if len(styles) > 1 and captions != "none":
-        raise ValueError(f"data.cleaning differs between the sources of the training ({', '.join(sorted(styles))}); set cleaning here to one of them")
+        raise ValueError(
+            f"data.cleaning differs between the sources of the training ({', '.join(sorted(styles))}); set cleaning here to one of them"
+        )
     data = data._replace(classes=classes, hierarchy=hierarchy, split_level=split_level, levels=(), per_class=0, triplets="", attributes=())
     return open_data(data._replace(source=source, weights=(), captions=captions, label=label, id="", cleaning=min(styles)))
 
@@ -72,19 +82,30 @@ def embed_samples(model: Model, dataset: Dataset, batch_size: int, captions: int
     valid = whole["valid"]
     if missing := len(dataset) - int(valid.sum()):
         why = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
-        message = f"{missing:,} of {len(dataset):,} samples of {', '.join(s.name for s in dataset.sources)} cannot be used (here {why or 'none'})"
+        message = (
+            f"{missing:,} of {len(dataset):,} samples of {', '.join(s.name for s in dataset.sources)} cannot be used (here {why or 'none'})"
+        )
         if not valid.any():
             raise ValueError(message)
         warnings.warn(f"{message}; the numbers are of the others", stacklevel=2)
     images, labels = whole["image"][valid], whole["label"][valid] if "label" in whole else np.zeros(valid.sum(), np.int32)
     if "text" not in whole:
-        return Embedded(images, np.flatnonzero(valid), labels, np.zeros((0, images.shape[1]), np.float32), np.zeros(0, np.int32), np.zeros((0, 0), np.int32))
+        return Embedded(
+            images,
+            np.flatnonzero(valid),
+            labels,
+            np.zeros((0, images.shape[1]), np.float32),
+            np.zeros(0, np.int32),
+            np.zeros((0, 0), np.int32),
+        )
     real = np.arange(captions) < whole["captions"][valid][:, None]  # [image, captions]
     owner = np.broadcast_to(np.arange(len(images), dtype=np.int32)[:, None], real.shape)
     return Embedded(images, np.flatnonzero(valid), labels, whole["text"][valid][real], owner[real], whole["tokens"][valid][real])
 
 
-def embed_stream(model: Model, dataset: Dataset, batch_size: int, captions: int = 1, reasons: Counter[str] | None = None) -> Iterator[dict[str, np.ndarray]]:
+def embed_stream(
+    model: Model, dataset: Dataset, batch_size: int, captions: int = 1, reasons: Counter[str] | None = None
+) -> Iterator[dict[str, np.ndarray]]:
     """Every sample once, a global batch at a time: the arrays of `eval_batches` but for the pixels, with "image" float32 [batch, d] and "text".
 
     reasons: counts why samples of this process could not be used.
@@ -123,7 +144,9 @@ def embed_texts(model: Model, texts: Sequence[str], batch_size: int) -> np.ndarr
     return np.concatenate([part["text"][:, 0] for part in fetch(batches())])[: len(tokens)]
 
 
-def embed_queries(model: Model, dataset: Dataset, images: np.ndarray, texts: list[str], batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def embed_queries(
+    model: Model, dataset: Dataset, images: np.ndarray, texts: list[str], batch_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Composed embeddings of images (ids) and texts, and of the texts alone, float32 [query, d], and which are usable, bool [query]."""
     size = whole_batch(model, batch_size)
 

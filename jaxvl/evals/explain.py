@@ -2,6 +2,7 @@
 
 Li et al. 2024, https://arxiv.org/abs/2407.17827, section 4.4. `jaxvl words` makes a page of it (report/words.py).
 """
+
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -67,9 +68,14 @@ def explain(options: LexicalOptions, model: Model, *, images: int, searched: int
             tuple((name[j], float(products[j])) for j in np.argsort(-products, kind="stable")[: options.words] if products[j] > 0), float(products.sum()), rank,
         )  # fmt: skip
 
-    sought = tuple(Sought(name[j], tuple((pictures[at[int(i)]], float(embedded.images[i, j]), patches[at[int(i)], ..., column[j]]) for i in best[j])) for j in wanted)
+    sought = tuple(
+        Sought(name[j], tuple((pictures[at[int(i)]], float(embedded.images[i, j]), patches[at[int(i)], ..., column[j]]) for i in best[j]))
+        for j in wanted
+    )
     shown = tuple(seen(int(i), int(rank)) for i, rank in zip(chosen, ranks, strict=True))
-    return Explained(lexical.listed(options, embedded, model), most_used(embedded, threshold, name), threshold, len(embedded.images), shown, sought)
+    return Explained(
+        lexical.listed(options, embedded, model), most_used(embedded, threshold, name), threshold, len(embedded.images), shown, sought
+    )
 
 
 def most_used(embedded: Embedded, threshold: float, name: Sequence[str]) -> dict[str, tuple[tuple[str, float, float], ...]]:
@@ -98,7 +104,15 @@ def looked_at(model: Model, dataset: Dataset, ids: np.ndarray, columns: np.ndarr
             batch = np.zeros((size, *pixels[0].shape), np.uint8)
             some = np.stack(pixels[start : start + size])
             batch[: len(some)] = some
-            yield {"maps": _patches(model.params, place({"image": batch[low:high]}, model.mesh)["image"], columns, method=model.method, augment=model.augment)}
+            yield {
+                "maps": _patches(
+                    model.params,
+                    place({"image": batch[low:high]}, model.mesh)["image"],
+                    columns,
+                    method=model.method,
+                    augment=model.augment,
+                )
+            }
 
     maps = np.concatenate([part["maps"] for part in fetch(batches())])[: len(pixels)]
     return [png(p) for p in pixels], captions, maps

@@ -1,4 +1,5 @@
 """Retrieval by lexical vectors at any sparsity, and how a model uses its words; Li et al. 2024, https://arxiv.org/abs/2407.17827, section 4."""
+
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -49,7 +50,9 @@ def evaluate(name: str, options: LexicalOptions, model: Model) -> tuple[dict[str
     embedded = embed_samples(model, dataset, options.batch_size, options.captions)
     V = embedded.images.shape[1]
     threshold = options.threshold or sparse.default_threshold(V)
-    kept = embedded._replace(images=np.where(embedded.images > threshold, embedded.images, 0), texts=np.where(embedded.texts > threshold, embedded.texts, 0))
+    kept = embedded._replace(
+        images=np.where(embedded.images > threshold, embedded.images, 0), texts=np.where(embedded.texts > threshold, embedded.texts, 0)
+    )
     numbers = retrieval.recalls(model, kept, options.ks, options.folds)
     for point, some in [("dense", embedded), *sweep(options, embedded)]:
         with warnings.catch_warnings():
@@ -92,12 +95,17 @@ def listed(options: LexicalOptions, embedded: Embedded, model: Model) -> dict[st
     top = words.order(embedded.images, min(options.words, embedded.images.shape[1]))
     others = np.roll(np.arange(len(captions)), len(captions) // 2)  # a caption far away in the set
     own, other = words.found(captions, top), words.found([captions[i] for i in others], top)
-    return {f"words@{options.words}/{key}": value for key, value in [*own._asdict().items(), *((f"other_{k}", v) for k, v in other._asdict().items())]}
+    return {
+        f"words@{options.words}/{key}": value
+        for key, value in [*own._asdict().items(), *((f"other_{k}", v) for k, v in other._asdict().items())]
+    }
 
 
 def open_checked(options: LexicalOptions, data: DataOptions) -> Dataset:
     """The data set to evaluate on. Raises ValueError for options that cannot be."""
     if options.threshold < 0 or options.words < 1 or min(options.top, default=1) < 1:
-        raise ValueError(f"threshold is {options.threshold}, words {options.words}, top {options.top}; threshold must be at least 0, words and each of top at least 1")
+        raise ValueError(
+            f"threshold is {options.threshold}, words {options.words}, top {options.top}; threshold must be at least 0, words and each of top at least 1"
+        )
     common = {key: value for key, value in options._asdict().items() if key in retrieval.RetrievalOptions._fields and key != "kind"}
     return retrieval.open_checked(retrieval.RetrievalOptions(**common), data)

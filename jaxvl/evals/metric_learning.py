@@ -3,6 +3,7 @@
 R-precision and MAP@R after Musgrave et al., "A Metric Learning Reality Check" (2020), sections 3.2 and 3.3; AMI after Vinh
 et al., "Information Theoretic Measures for Clusterings Comparison" (2010), equation 24. Natural logarithms, float64.
 """
+
 import math
 from typing import NamedTuple
 

@@ -3,6 +3,7 @@
 Every patch gets the class with the greatest product of lexical vectors; the map is compared with a mask of the classes. Intersections and
 unions are summed over a data set before they are divided. A label of VOID belongs to no class and is not counted.
 """
+
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +52,11 @@ def to_patches(labels: np.ndarray, patch: int) -> np.ndarray:
     images, height, width = labels.shape
     if height % patch or width % patch:
         raise ValueError(f"masks of {height} x {width} pixels do not divide into patches of {patch} x {patch}")
-    cut = labels.reshape(images, height // patch, patch, width // patch, patch).swapaxes(2, 3).reshape(images, height // patch, width // patch, -1)
+    cut = (
+        labels.reshape(images, height // patch, patch, width // patch, patch)
+        .swapaxes(2, 3)
+        .reshape(images, height // patch, width // patch, -1)
+    )
     names = np.unique(labels)  # ascending, so that the first maximum is the lowest label
     return names[(cut[..., None] == names).sum(-2).argmax(-1)]
 

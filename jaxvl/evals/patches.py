@@ -1,4 +1,5 @@
 """PatchDis on images with instance annotations: patches against the names of classes (patchdis.py), from files to one number."""
+
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -68,8 +69,19 @@ def evaluate(name: str, options: PatchdisOptions, model: Model) -> tuple[dict[st
     total = summed(overlaps)
     rows_ = [(c, f"{100 * i / u:.1f} %", f"{u:,}") for c, i, u in zip(found.classes, *total, strict=True) if u]
     right = float(total.intersection.sum() / max(labelled(overlaps), 1))
-    numbers = {"miou": miou(overlaps, options.aggregate), "miou_chance": miou(chance, options.aggregate), "accuracy": right, "images": len(overlaps)}
-    return numbers, [Table(f"{name}: intersection over union", ("class", "IoU", "union, " + options.resolution + ("es" if options.resolution == "patch" else "s")), tuple(rows_))]
+    numbers = {
+        "miou": miou(overlaps, options.aggregate),
+        "miou_chance": miou(chance, options.aggregate),
+        "accuracy": right,
+        "images": len(overlaps),
+    }
+    return numbers, [
+        Table(
+            f"{name}: intersection over union",
+            ("class", "IoU", "union, " + options.resolution + ("es" if options.resolution == "patch" else "s")),
+            tuple(rows_),
+        )
+    ]
 
 
 def scored(options: PatchdisOptions, model: Model, found: Instances, texts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -85,7 +97,11 @@ def scored(options: PatchdisOptions, model: Model, found: Instances, texts: np.n
             pixels = np.zeros((high - low, side, side, 3), np.uint8)
             for i, picture in enumerate(mine):
                 pixels[i] = decode.decode_eval(picture.path.read_bytes(), how)
-            yield {"scores": _products(model.params, place({"image": pixels}, model.mesh)["image"], texts, method=model.method, augment=model.augment)}
+            yield {
+                "scores": _products(
+                    model.params, place({"image": pixels}, model.mesh)["image"], texts, method=model.method, augment=model.augment
+                )
+            }
 
     for start, scores in zip(range(0, len(found.pictures), size), fetch(products()), strict=True):
         some = found.pictures[start : start + size]
@@ -136,7 +152,9 @@ def labelled(overlaps: list[Overlap]) -> int:
 
 
 def miou(overlaps: list[Overlap], aggregate: Aggregate) -> float:
-    return patchdis.miou(summed(overlaps)) if aggregate == "sum" else float(np.nanmean([patchdis.miou(o) for o in overlaps]))  # patches can all be void
+    return (
+        patchdis.miou(summed(overlaps)) if aggregate == "sum" else float(np.nanmean([patchdis.miou(o) for o in overlaps]))
+    )  # patches can all be void
 
 
 @partial(jax.jit, static_argnames=("method", "augment"))

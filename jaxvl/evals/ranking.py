@@ -6,6 +6,7 @@ Equal scores have no order of their own, so a rank is given under three rules:
 - stable: the wrong items before it after sorting by (-score, item index). Reported numbers use this one.
 Ranks are 0-based; a query without a right item has rank -1 under every rule and is left out of every average.
 """
+
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple

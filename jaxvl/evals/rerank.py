@@ -4,6 +4,7 @@ A query's score of a candidate is the fusion's match logit alone, and OUTSIDE fo
 right item. A pair has one score whichever side asks, so the candidates of both directions are scored as one set of pairs, ordered
 by image. Images then pass in tiles: a tile's keys and values are computed once and read by all pairs of its images.
 """
+
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -109,10 +110,14 @@ def rerank(options: RerankOptions, model: Model, dataset: Dataset, embedded: Emb
     asked = np.arange(images)[:, None] * texts + to_text, to_image * texts + np.arange(texts)[:, None]
     pairs, place_of = np.unique(np.concatenate([x.ravel() for x in asked]), return_inverse=True)
     logits = score_pairs(options, model, dataset, embedded, *np.divmod(pairs, texts))[place_of]
-    return Candidates(to_text, logits[: to_text.size].reshape(to_text.shape)), Candidates(to_image, logits[to_text.size :].reshape(to_image.shape))
+    return Candidates(to_text, logits[: to_text.size].reshape(to_text.shape)), Candidates(
+        to_image, logits[to_text.size :].reshape(to_image.shape)
+    )
 
 
-def score_pairs(options: RerankOptions, model: Model, dataset: Dataset, embedded: Embedded, image: np.ndarray, text: np.ndarray) -> np.ndarray:
+def score_pairs(
+    options: RerankOptions, model: Model, dataset: Dataset, embedded: Embedded, image: np.ndarray, text: np.ndarray
+) -> np.ndarray:
     """Match logits float32 [pair] of pairs int [pair], ordered by image: places in `embedded.images` and in `embedded.texts`."""
     face = model.method.score_pair
     if face is None:
@@ -132,7 +137,9 @@ def score_pairs(options: RerankOptions, model: Model, dataset: Dataset, embedded
             first, last = np.searchsorted(at, (number * tile, (number + 1) * tile))
             if first == last:
                 continue
-            side = _image_side(model.params, place({"image": batch.arrays["image"]}, model.mesh), method=model.method, augment=model.augment)
+            side = _image_side(
+                model.params, place({"image": batch.arrays["image"]}, model.mesh), method=model.method, augment=model.augment
+            )
             for chosen in schedule(at[first:last] - number * tile, tile // parts, parts, options.pairs):
                 mine = first + np.maximum(chosen, 0)  # [group, pairs], of all pairs; those that fill up are thrown away
                 source = ((at[mine] - number * tile) % (tile // parts)).astype(np.int32)

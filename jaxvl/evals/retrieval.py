@@ -1,4 +1,5 @@
 """Zero-shot image-text retrieval, both ways, with several captions an image: any caption of an image is a right answer to it."""
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -58,7 +59,9 @@ def open_checked(options: RetrievalOptions, data: DataOptions) -> Dataset:
         raise ValueError(f"ks is {options.ks}; it must be one or more whole numbers from 1")
     if options.captions < 1 or options.show < 0 or options.folds < 1 or options.batch_size < 1:
         low = {"captions": 1, "show": 0, "folds": 1, "batch_size": 1}
-        raise ValueError("; ".join(f"{k} is {getattr(options, k)}, it must be at least {n}" for k, n in low.items() if getattr(options, k) < n))
+        raise ValueError(
+            "; ".join(f"{k} is {getattr(options, k)}, it must be at least {n}" for k, n in low.items() if getattr(options, k) < n)
+        )
     return open_for(data, options.source, captions="random" if options.captions > 1 else "first", cleaning=options.cleaning)
 
 
@@ -75,7 +78,9 @@ def rank(model: Model, images: np.ndarray, texts: np.ndarray, owner: np.ndarray)
     return streamed_ranks(images, texts, index, owner, model.mesh), streamed_ranks(texts, images, owner, index, model.mesh)
 
 
-def galleries(name: str, options: Any, dataset: Dataset, embedded: Embedded, retrieve: Callable[[str, np.ndarray], Retrieved]) -> list[Gallery]:
+def galleries(
+    name: str, options: Any, dataset: Dataset, embedded: Embedded, retrieve: Callable[[str, np.ndarray], Retrieved]
+) -> list[Gallery]:
     """Queries evenly spread over the set, with what they retrieve from all of it: retrieve(way, queries' places) -> Retrieved."""
     first = np.searchsorted(embedded.owner, np.arange(len(embedded.images)))  # main text of each image
     chosen = np.unique(np.linspace(0, len(embedded.images) - 1, options.show).round().astype(int))

@@ -2,6 +2,7 @@
 
 No array has a query and an item axis beyond one block of [block / devices, block] scores a device. Embeddings stay on the host.
 """
+
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -84,7 +85,9 @@ def _program(mesh: Mesh) -> Callable:
 
 def _pass(counts, queries, query_group, own, answers, items, groups, start, counting) -> Counts:  # type: ignore[no-untyped-def]
     """One block of the gallery. First pass (counting=False): the best right item; second: the wrong items around it."""
-    scores = jax.lax.optimization_barrier(jnp.dot(queries, items.T, precision="highest", preferred_element_type=jnp.float32))  # [query, item]
+    scores = jax.lax.optimization_barrier(
+        jnp.dot(queries, items.T, precision="highest", preferred_element_type=jnp.float32)
+    )  # [query, item]
     index = start + jnp.arange(len(items))  # [item]
     valid = (groups >= 0) & (index != own[:, None])
     right = groups == query_group[:, None]

@@ -2,6 +2,7 @@
 
 No array has a query and an item axis beyond one block of each.
 """
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -66,7 +67,9 @@ def top(placed: Placed, queries: np.ndarray, k: int, *, block: int = BLOCK) -> t
         rows = np.zeros((size, queries.shape[1]), np.float32)  # equally many, so that one program serves
         rows[: len(queries) - start] = queries[start : start + size]
         asked = jax.make_array_from_callback(rows.shape, every, rows.__getitem__)
-        found.append(jax.device_get(_top(placed.items, asked, total=placed.total, block=placed.block, k=min(k, placed.total), mesh=placed.mesh)))
+        found.append(
+            jax.device_get(_top(placed.items, asked, total=placed.total, block=placed.block, k=min(k, placed.total), mesh=placed.mesh))
+        )
     ids, scores = (np.concatenate(parts)[: len(queries)] for parts in zip(*found, strict=True))
     return ids.astype(np.int64), scores
 
@@ -121,4 +124,6 @@ def _fits(size: int, mesh: Mesh, what: str) -> None:
         stats = device.memory_stats() or {}
         room = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
         if stats.get("bytes_limit") and size > room:
-            raise ValueError(f"{what} over {mesh.size} devices are {size / 2**30:.1f} GiB each, and {device} has {room / 2**30:.1f} GiB left; use more devices")
+            raise ValueError(
+                f"{what} over {mesh.size} devices are {size / 2**30:.1f} GiB each, and {device} has {room / 2**30:.1f} GiB left; use more devices"
+            )

@@ -1,4 +1,5 @@
 """What lexical vectors say in words: the greatest entries of each, the words of a caption, and how evenly a set of vectors uses them."""
+
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple

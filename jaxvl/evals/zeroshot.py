@@ -3,6 +3,7 @@
 A class is the mean of the unit embeddings of its prompts, made a unit vector again; an image goes to the class of the
 highest cosine, equals to the class that comes first.
 """
+
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -68,7 +69,9 @@ def class_names(options: ZeroshotOptions, dataset: Dataset, labels: np.ndarray) 
     if not names:
         raise ValueError(f"the labels in {options.label!r} are numbers; set classes to the names they stand for")
     if dataset.classes and len(names) != len(dataset.classes):
-        raise ValueError(f"classes has {len(names)} names, but {options.label!r} has {len(dataset.classes)} values: {', '.join(dataset.classes[:5])}, ...")
+        raise ValueError(
+            f"classes has {len(names)} names, but {options.label!r} has {len(dataset.classes)} values: {', '.join(dataset.classes[:5])}, ..."
+        )
     if labels.max() >= len(names):
         raise ValueError(f"{options.label!r} holds the label {labels.max()}, but classes has only {len(names)} names")
     return tuple(names)

@@ -1,4 +1,5 @@
 """Checkpoints of ALBEF and TCL: what their tensors say of the model, since no config.json lies beside them."""
+
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -35,17 +36,26 @@ def describe(stored: Mapping[str, Any], heads: int = 0) -> Published:
     def layers(pattern: str) -> list[int]:
         return sorted({int(found[1]) for name in shapes if (found := re.match(pattern, name))})
 
-    (width, channels, patch, _), (_, positions, _) = shape("visual_encoder.patch_embed.proj.weight", 4), shape("visual_encoder.pos_embed", 3)
-    (vocabulary, text_width), (text_positions, _) = (shape(f"{bert}embeddings.{name}_embeddings.weight", 2) for name in ("word", "position"))
+    (width, channels, patch, _), (_, positions, _) = (
+        shape("visual_encoder.patch_embed.proj.weight", 4),
+        shape("visual_encoder.pos_embed", 3),
+    )
+    (vocabulary, text_width), (text_positions, _) = (
+        shape(f"{bert}embeddings.{name}_embeddings.weight", 2) for name in ("word", "position")
+    )
     depth, all_layers = len(layers(r"visual_encoder\.blocks\.(\d+)\.")), len(layers(rf"{re.escape(bert)}encoder\.layer\.(\d+)\."))
     crossed = layers(rf"{re.escape(bert)}encoder\.layer\.(\d+)\.crossattention\.")
     if not crossed or crossed != list(range(crossed[0], all_layers)):
-        raise FileError(f"the upper layers of {bert} must be those with cross-attention; of {all_layers} layers these have it: {crossed or 'none'}")
+        raise FileError(
+            f"the upper layers of {bert} must be those with cross-attention; of {all_layers} layers these have it: {crossed or 'none'}"
+        )
     side = round((positions - 1) ** 0.5)
     if side * side != positions - 1:
         raise FileError(f"visual_encoder.pos_embed has {positions} rows; it must have one for the class token and a square of patches")
     if not heads and (width % HEAD_WIDTH or text_width % HEAD_WIDTH):
-        raise FileError(f"towers of {width} and {text_width} channels have no whole number of heads of {HEAD_WIDTH}: say how many heads they have (--heads)")
+        raise FileError(
+            f"towers of {width} and {text_width} channels have no whole number of heads of {HEAD_WIDTH}: say how many heads they have (--heads)"
+        )
     queue = shapes.get("image_queue", (0, 0))[-1]
     return Published(
         "albef",
@@ -72,13 +82,18 @@ def split(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return {k: v for k, v in tree.items() if k not in MEMORY}, {k: v for k, v in tree.items() if k in MEMORY}
 
 
-def of_run(params: dict[str, Any], memory: dict[str, Any], image: VitOptions, text: TextOptions, image_size: int) -> tuple[Published, dict[str, Any]]:
+def of_run(
+    params: dict[str, Any], memory: dict[str, Any], image: VitOptions, text: TextOptions, image_size: int
+) -> tuple[Published, dict[str, Any]]:
     """The model and its tree, as `load.save` takes them, of a run with a method of the family.
 
     Raises ValueError naming what of the run has no place in such a checkpoint, such as the codebook of CODIS.
     """
     tree = {**params, **{k: memory[k] for k in MEMORY if k in memory}}
-    alien = sorted((tree.keys() - {"image", "text", "fusion", "image_proj", "text_proj", "itm", "mlm", "temperature", *MEMORY}) | ({"fusion", "image_proj"} - tree.keys()))
+    alien = sorted(
+        (tree.keys() - {"image", "text", "fusion", "image_proj", "text_proj", "itm", "mlm", "temperature", *MEMORY})
+        | ({"fusion", "image_proj"} - tree.keys())
+    )
     if alien:
         raise ValueError(f"this run is no ALBEF or TCL: their checkpoints and it differ in {', '.join(alien)}")
     depth, width = params["fusion"]["blocks"]["attn_norm"]["scale"].shape[0], params["image_proj"]["bias"].shape[0]

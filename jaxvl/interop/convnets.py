@@ -1,4 +1,5 @@
 """Convolutional towers in the files of torchvision and timm: told by their tensors, since such files come without a config that says."""
+
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -23,9 +24,13 @@ def holds(stored: Mapping[str, Any]) -> bool:
 def describe(stored: Mapping[str, Any]) -> Published:
     """The model of these tensors. Raises ConfigError for a ResNet of basic blocks."""
     if "conv_stem.weight" in stored:
-        return Published("mobilenet", image=MobilenetOptions(multiplier=stored["conv_stem.weight"].shape[0] / mobilenet.STEM), image_size=224)
+        return Published(
+            "mobilenet", image=MobilenetOptions(multiplier=stored["conv_stem.weight"].shape[0] / mobilenet.STEM), image_size=224
+        )
     if "layer1.0.conv3.weight" not in stored:
-        raise ConfigError("the files hold a ResNet of basic blocks (18 or 34 layers); only bottleneck blocks (50, 101, 152) can be computed")
+        raise ConfigError(
+            "the files hold a ResNet of basic blocks (18 or 34 layers); only bottleneck blocks (50, 101, 152) can be computed"
+        )
     blocks = [re.match(r"layer(\d+)\.(\d+)\.conv1\.weight$", name) for name in stored]
     found = [(int(m[1]), int(m[2])) for m in blocks if m]
     stages = tuple(1 + max(i for stage, i in found if stage == s) for s in range(1, 1 + max(stage for stage, _ in found)))

@@ -1,12 +1,13 @@
 """`jaxvl export`: a run's model as other programs load it, and the measured difference between theirs and ours.
 
-    hf           CLIPModel, SiglipModel or VisionTextDualEncoderModel: AutoModel.from_pretrained(OUT)
-    safetensors  our own names and layout, with the run's config
-    stablehlo    both embedding functions for cpu, cuda and tpu, batch size open; parameters beside them
-    onnx         both embedding functions with their parameters, batch size open
-    albef        TCL and ALBEF as their own code names them, teacher and queues included: one file of tensors
-    peft         the adapters of a run with LoRA, for the published models it started from: PeftModel.from_pretrained(base, OUT)
+hf           CLIPModel, SiglipModel or VisionTextDualEncoderModel: AutoModel.from_pretrained(OUT)
+safetensors  our own names and layout, with the run's config
+stablehlo    both embedding functions for cpu, cuda and tpu, batch size open; parameters beside them
+onnx         both embedding functions with their parameters, batch size open
+albef        TCL and ALBEF as their own code names them, teacher and queues included: one file of tensors
+peft         the adapters of a run with LoRA, for the published models it started from: PeftModel.from_pretrained(base, OUT)
 """
+
 import importlib.util
 import json
 import shutil
@@ -69,7 +70,9 @@ def run(parts: Any, found: Any, kind: str, out: Path, memory: Any = None) -> int
             for reader, difference in measured.items():
                 say(f"{kind} read by {reader}: embeddings differ by at most {difference:.2e} (tolerance {TOLERANCE[model.dtype]:.0e})")
         if not all(difference <= TOLERANCE[model.dtype] for difference in measured.values()):
-            raise ValueError(f"the exported model differs from ours by more than {TOLERANCE[model.dtype]:.0e}: {measured}; nothing is written")
+            raise ValueError(
+                f"the exported model differs from ours by more than {TOLERANCE[model.dtype]:.0e}: {measured}; nothing is written"
+            )
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -195,7 +198,9 @@ def _peft(model: Model, folder: Path) -> dict[str, float]:
     for name in towers:
         start = getattr(recipe.init, name)
         if not start or not (Path(start) / importing.FILE).is_file():
-            raise ValueError(f"adapters belong to a published model: config.init.{name} is {start!r}, no folder of `jaxvl import`; hf and safetensors merge them")
+            raise ValueError(
+                f"adapters belong to a published model: config.init.{name} is {start!r}, no folder of `jaxvl import`; hf and safetensors merge them"
+            )
     bases = {name: getattr(recipe.init, name) for name in towers}
     read: dict[str, np.ndarray] = {}
     starts = dict.fromkeys(bases.values())  # in the order of the towers, so that the same fault is told first every time
@@ -204,7 +209,13 @@ def _peft(model: Model, folder: Path) -> dict[str, float]:
         target = folder if len(starts) == 1 else folder / mine[0]
         target.mkdir(exist_ok=True)
         origin = importing.read(start)
-        peft.write(target, {path: value for path, value in adapters.items() if path.startswith(tuple(name + "/" for name in mine))}, recipe.lora, origin.model, origin.source)
+        peft.write(
+            target,
+            {path: value for path, value in adapters.items() if path.startswith(tuple(name + "/" for name in mine))},
+            recipe.lora,
+            origin.model,
+            origin.source,
+        )
         read |= peft.read(target, origin.model, recipe.lora)
     still = jax.tree_util.tree_leaves_with_path(frozen(recipe.optim, model.state))
     if trained := [path_str(path) for path, fixed in still if fixed is not True and not path_str(path).startswith("lora/")]:
@@ -213,7 +224,14 @@ def _peft(model: Model, folder: Path) -> dict[str, float]:
     return {"our PEFT reader": _of_plain(model, merged)}
 
 
-WRITERS: dict[str, Callable[[Model, Path], dict[str, float]]] = {"hf": _hf, "safetensors": _safetensors, "stablehlo": _stablehlo, "onnx": _onnx, "albef": _albef, "peft": _peft}
+WRITERS: dict[str, Callable[[Model, Path], dict[str, float]]] = {
+    "hf": _hf,
+    "safetensors": _safetensors,
+    "stablehlo": _stablehlo,
+    "onnx": _onnx,
+    "albef": _albef,
+    "peft": _peft,
+}
 
 
 def _flat(params: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -237,7 +255,11 @@ def _preprocessor(recipe: Any) -> dict[str, Any]:
     """The evaluation's own preparation: the centred square or the whole image, antialiased bicubic, mean and deviation."""
     size = recipe.data.image_size
     square = {"height": size, "width": size}
-    crop = {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square} if recipe.data.fit == "crop" else {"size": square, "do_center_crop": False}
+    crop = (
+        {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}
+        if recipe.data.fit == "crop"
+        else {"size": square, "do_center_crop": False}
+    )
     return {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "resample": 3, **crop, "do_rescale": True, "rescale_factor": 1 / 255,
             "do_normalize": True, "image_mean": list(recipe.augment.mean), "image_std": list(recipe.augment.std), "do_convert_rgb": True}  # fmt: skip
 

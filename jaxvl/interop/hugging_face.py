@@ -3,6 +3,7 @@
 A tower is compared with every kind of published tower; what it lacks and the kind has is filled in where that changes no number
 (a bias of zero, a layer scale of one), and anything else is a reason why it is not of that kind.
 """
+
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,8 +70,13 @@ def target(method: Any, image: VitOptions, text: TextOptions, params: dict[str, 
     if image.gated and image.act != "silu":
         images["dinov2"].append(f"config.image.act is {image.act!r}, not 'silu'")
     if _mlp_ratio(image) is None:
-        images["dinov2"].append(f"config.image.mlp_dim is {image.mlp_dim}, which is no whole multiple of {image.width}{', in eights' if image.gated else ''}")
-    kinds = {name: next((kind for kind, reasons in found.items() if not reasons), None) for name, found in (("image", images), ("text", captions))}
+        images["dinov2"].append(
+            f"config.image.mlp_dim is {image.mlp_dim}, which is no whole multiple of {image.width}{', in eights' if image.gated else ''}"
+        )
+    kinds = {
+        name: next((kind for kind, reasons in found.items() if not reasons), None)
+        for name, found in (("image", images), ("text", captions))
+    }
     if method.name == "siglip":
         reasons = [*images["siglip"], *captions["siglip"]] + (["config.method.width is not 0"] if "head" in params["image"] else [])
         if reasons:
@@ -78,7 +84,9 @@ def target(method: Any, image: VitOptions, text: TextOptions, params: dict[str, 
         return _dual_of_one_family("siglip", image, text, params, image_size)
     if kinds["image"] is None or kinds["text"] not in ("clip", "bert"):
         tell = lambda name, found: [f"a {kind} {name} tower: {'; '.join(reasons)}" for kind, reasons in found.items() if reasons]
-        lines = (tell("image", images) if kinds["image"] is None else []) + (tell("text", captions) if kinds["text"] not in ("clip", "bert") else [])
+        lines = (tell("image", images) if kinds["image"] is None else []) + (
+            tell("text", captions) if kinds["text"] not in ("clip", "bert") else []
+        )
         raise ValueError("transformers has no class for this run; safetensors and stablehlo take any. It is not\n  " + "\n  ".join(lines))
     t = np.minimum(np.float32(params["t"]), np.float32(math.log(method.max_scale)))  # the bound is in our forward pass, not in theirs
     params = {**params, "t": t}
@@ -92,9 +100,15 @@ def open_folder(folder: Path) -> Faces:
     config, stored = load.read_config(folder), tensors.find(folder)
     if config["model_type"] != "vision-text-dual-encoder":
         found = load.load(folder)
-        return Faces(_face(vits.Vit(_exact(found.model.image)), found.params["image"]), _face(texts.Text(_exact(found.model.text)), found.params["text"]))
+        return Faces(
+            _face(vits.Vit(_exact(found.model.image)), found.params["image"]),
+            _face(texts.Text(_exact(found.model.text)), found.params["text"]),
+        )
     faces = []
-    for section, start, projection in (("vision_config", "vision_model.", "visual_projection.weight"), ("text_config", "text_model.", "text_projection.weight")):
+    for section, start, projection in (
+        ("vision_config", "vision_model.", "visual_projection.weight"),
+        ("text_config", "text_model.", "text_projection.weight"),
+    ):
         sub = config[section]
         cut = start if PREFIX.get(sub["model_type"].split("_")[0], "") else ""
         mine = {name.removeprefix(cut): tensor for name, tensor in stored.items() if name.startswith(start)}
@@ -139,7 +153,14 @@ def _image(kind: str, o: VitOptions, p: dict[str, Any], size: int) -> tuple[dict
     if kind == "siglip":
         return {"model_type": "siglip_vision_model", "intermediate_size": o.mlp_dim, **config}, p
     if kind == "vit":
-        return {"model_type": "vit", "intermediate_size": o.mlp_dim, "qkv_bias": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **config}, p
+        return {
+            "model_type": "vit",
+            "intermediate_size": o.mlp_dim,
+            "qkv_bias": True,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            **config,
+        }, p
     ones = np.ones((o.depth, o.width), np.float32)
     blocks = {"attn_scale": ones, "mlp_scale": ones, **p["blocks"]}
     p = {"mask_token": np.zeros((1, o.width), np.float32), **p, "blocks": blocks}
@@ -168,13 +189,35 @@ def _text(kind: str, o: TextOptions, p: dict[str, Any]) -> tuple[dict[str, Any],
                 p = {**p, "embed": np.asarray(p["embed"])[ids]}
             eos = int(o.eos_id if ids is None else ids[o.eos_id])
         # Ids of another default would lie outside a small vocabulary.
-        return {"model_type": "clip_text_model", "eos_token_id": eos, "bos_token_id": 1, "pad_token_id": 0, "projection_dim": o.head or o.width, **config}, p, ids
+        return (
+            {
+                "model_type": "clip_text_model",
+                "eos_token_id": eos,
+                "bos_token_id": 1,
+                "pad_token_id": 0,
+                "projection_dim": o.head or o.width,
+                **config,
+            },
+            p,
+            ids,
+        )
     if kind == "siglip":
         head = {"bias": np.zeros(o.head, np.float32), **p["head"]}
         special = {"pad_token_id": 0, "eos_token_id": o.eos_id or None, "bos_token_id": None}
         return {"model_type": "siglip_text_model", "projection_size": o.head, **special, **config}, {**p, "head": head}, None
     p = {"types": np.zeros((1, o.width), np.float32), **p}
-    return {"model_type": "bert", "type_vocab_size": len(p["types"]), "pad_token_id": 0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **config}, p, None
+    return (
+        {
+            "model_type": "bert",
+            "type_vocab_size": len(p["types"]),
+            "pad_token_id": 0,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            **config,
+        },
+        p,
+        None,
+    )
 
 
 def _dual_of_one_family(family: str, image: VitOptions, text: TextOptions, params: dict[str, Any], size: int) -> Target:
@@ -184,7 +227,9 @@ def _dual_of_one_family(family: str, image: VitOptions, text: TextOptions, param
     if family == "clip":
         config |= {"projection_dim": image.head or image.width, "logit_scale_init_value": float(params["t"])}
     layout = names.CLIP if family == "clip" else names.SIGLIP
-    return Target({"clip": "CLIPModel", "siglip": "SiglipModel"}[family], config, {**params, "image": image_params, "text": text_params}, layout, ids)
+    return Target(
+        {"clip": "CLIPModel", "siglip": "SiglipModel"}[family], config, {**params, "image": image_params, "text": text_params}, layout, ids
+    )
 
 
 def _dual_of_two(image_kind: str, text_kind: str, image: VitOptions, text: TextOptions, params: dict[str, Any], size: int) -> Target:
@@ -195,8 +240,16 @@ def _dual_of_two(image_kind: str, text_kind: str, image: VitOptions, text: TextO
     parts = []
     for section, kind in (("image", image_kind), ("text", text_kind)):
         layout = names.layouts(kind, gated=image.gated, tied=True, heads=1, kv_heads=1)[0]
-        parts += [one._replace(theirs=PREFIX[kind] + one.theirs.replace("{p}", "")) for one in layout.names if one.ours.startswith(section + "/") and "/head/" not in one.ours]
-    parts += [Name("image/head/kernel", "visual_projection.weight", LINEAR), Name("text/head/kernel", "text_projection.weight", LINEAR), Name("t", "logit_scale", SAME)]
+        parts += [
+            one._replace(theirs=PREFIX[kind] + one.theirs.replace("{p}", ""))
+            for one in layout.names
+            if one.ours.startswith(section + "/") and "/head/" not in one.ours
+        ]
+    parts += [
+        Name("image/head/kernel", "visual_projection.weight", LINEAR),
+        Name("text/head/kernel", "text_projection.weight", LINEAR),
+        Name("t", "logit_scale", SAME),
+    ]
     return Target("VisionTextDualEncoderModel", config, {**params, "image": image_params, "text": text_params}, Layout(tuple(parts)), ids)
 
 

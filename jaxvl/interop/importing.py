@@ -1,9 +1,10 @@
 """`jaxvl import`: published weights become a verified checkpoint of ours, beside the options of its towers.
 
-    OUT/model.json      which model it is: what `interop.initial` and configs read
-    OUT/checkpoints/    its parameters as step 0, hashed
-    OUT/tokenizer/      the source's tokenizer, where it has one: a value for config.tokenizer.name
+OUT/model.json      which model it is: what `interop.initial` and configs read
+OUT/checkpoints/    its parameters as step 0, hashed
+OUT/tokenizer/      the source's tokenizer, where it has one: a value for config.tokenizer.name
 """
+
 import json
 import re
 import resource
@@ -23,7 +24,16 @@ from jaxvl.progress import say
 
 FILE, FORMAT = "model.json", 1
 KEPT = ("config.json", "model*.safetensors", "*.safetensors.index.json", "open_clip_config.json")
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+)
 
 
 class Origin(NamedTuple):
@@ -64,7 +74,10 @@ def run(source: str, out: Path, *, dtype: str = "", heads: int = 0) -> int:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     leaves = jax.tree.leaves(found.params)
-    size, peak = sum(x.nbytes for x in leaves), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    size, peak = (
+        sum(x.nbytes for x in leaves),
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    )
     say(f"{source}: {sum(x.size for x in leaves):,} parameters in {len(stored)} tensors, {size / 1e9:.2f} GB as {dtype}")
     say(f"{time.perf_counter() - started:.1f} s; the process held at most {peak / 1e9:.2f} GB of host memory")
     if found.dropped:
@@ -74,7 +87,9 @@ def run(source: str, out: Path, *, dtype: str = "", heads: int = 0) -> int:
             print(f"config.{name} = dict({', '.join(f'{k}={v!r}' for k, v in tower(out, name).items())})")
             print(f'config.init.{name} = "{out}"')
     if found.model.fused:
-        print(f"config.method.fusion_depth, config.method.width, config.method.queue = {found.model.fused.fusion_depth}, {found.model.fused.width}, {found.model.fused.queue}")
+        print(
+            f"config.method.fusion_depth, config.method.width, config.method.queue = {found.model.fused.fusion_depth}, {found.model.fused.width}, {found.model.fused.queue}"
+        )
         print(f'config.init.whole = "{out}"')
     return 0
 

@@ -2,6 +2,7 @@
 
 Paths are those of the parameters ("image/pos"); what a method keeps besides, where a whole method is taken over, is "memory/...".
 """
+
 import json
 import re
 from collections.abc import Callable
@@ -82,7 +83,9 @@ def plan(recipe: Any, params: Any, offset: int, memory: Any = ()) -> dict[str, L
     wanted = {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     kept = {f"memory/{path_str(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(memory)}
     image = kinds.of(recipe.image).resolve(recipe.image, "image")
-    text = recipe.text if recipe.data.captions == "none" else kinds.of(recipe.text).resolve(recipe.text, "text")  # without captions there is no text tower
+    text = (
+        recipe.text if recipe.data.captions == "none" else kinds.of(recipe.text).resolve(recipe.text, "text")
+    )  # without captions there is no text tower
     leaves: dict[str, Leaf] = {}
     faults: list[str] = []
     unread: list[str] = []
@@ -97,7 +100,9 @@ def plan(recipe: Any, params: Any, offset: int, memory: Any = ()) -> dict[str, L
             have, want = saved[theirs], {**wanted, **kept}[path].shape
             change, note = _change(path, theirs, have.shape, want, source, grid, offset)
             if (change is None and have.shape != want) or have.shape[1:] != want[1:]:
-                faults.append(f"config.init.{key}: {path} has {have.shape} in {folder}; this config makes it {want}{_remedy(path, have, offset)}")
+                faults.append(
+                    f"config.init.{key}: {path} has {have.shape} in {folder}; this config makes it {want}{_remedy(path, have, offset)}"
+                )
             leaves[path] = Leaf(str(source.checkpoints), have, change, note, path=theirs)
         unread.extend(f"{folder}: {path}" for path in saved if path not in names.values() and _of(path, key))
 
@@ -118,7 +123,11 @@ def plan(recipe: Any, params: Any, offset: int, memory: Any = ()) -> dict[str, L
             raise ValueError(f"config.init.{name}: {folder} has no {name} tower")
         # Running statistics are parameters of a tower whose normalisation is frozen, and in the memory of one that takes the batch's.
         saved, layer = _saved(source.checkpoints), lambda path: path.removeprefix(STATISTICS)
-        names = {path: layer(path) if layer(path) in saved else STATISTICS + layer(path) for path in (*wanted, *kept) if layer(path).startswith(name + "/")}
+        names = {
+            path: layer(path) if layer(path) in saved else STATISTICS + layer(path)
+            for path in (*wanted, *kept)
+            if layer(path).startswith(name + "/")
+        }
         fused = next((leaf.shape[0] for path, leaf in wanted.items() if path.startswith("fusion/blocks/")), 0)
         if name == "text" and fused and theirs.depth == ours.depth + fused:
             theirs = theirs._replace(depth=ours.depth)
@@ -154,7 +163,9 @@ def fill(leaves: dict[str, Leaf], state: Any) -> Any:
     flat = {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
     flat |= {f"memory/{path_str(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.memory)}
     values: dict[str, jax.Array] = {}
-    put = lambda path, value: jax.make_array_from_callback(value.shape, flat[path].sharding, lambda index: value[index]).astype(flat[path].dtype)
+    put = lambda path, value: jax.make_array_from_callback(value.shape, flat[path].sharding, lambda index: value[index]).astype(
+        flat[path].dtype
+    )
     read_from = [(path, leaf) for path, leaf in leaves.items() if leaf.values is None]
     for folder in sorted({leaf.source for _, leaf in read_from}):
         found = checkpoint.verified(Path(folder))
@@ -165,7 +176,9 @@ def fill(leaves: dict[str, Leaf], state: Any) -> Any:
         for changed in (False, True):
             some = [(path, leaf) for path, leaf in mine if bool(leaf.change) == changed]
             place = lambda path, changed=changed: None if changed else flat[path].sharding
-            wanted = {_key(leaf.path): jax.ShapeDtypeStruct(leaf.saved.shape, leaf.saved.dtype, sharding=place(path)) for path, leaf in some}
+            wanted = {
+                _key(leaf.path): jax.ShapeDtypeStruct(leaf.saved.shape, leaf.saved.dtype, sharding=place(path)) for path, leaf in some
+            }
             read = checkpoint.read_leaves(Path(folder), found.step, wanted) if wanted else {}
             for path, leaf in some:
                 value = read[_key(leaf.path)]
@@ -204,7 +217,11 @@ def _open(folder: str, key: str) -> Source:
 def _codebooks(source: Source, recipe: Any, wanted: dict[str, Any], offset: int) -> dict[str, Leaf]:
     """Codebooks start as the rows that an imported decoder's output matrix has for their words, or its embeddings where it is tied."""
     saved, words = _saved(source.checkpoints), np.array(getattr(recipe.method, "words", ()), np.int64) - offset
-    paths = [path for path in ("text_codebook", "image_codebook") if path in wanted and not (recipe.init.skip and re.search(recipe.init.skip, path))]
+    paths = [
+        path
+        for path in ("text_codebook", "image_codebook")
+        if path in wanted and not (recipe.init.skip and re.search(recipe.init.skip, path))
+    ]
     theirs = next((path for path in ("lm_head/kernel", "text/embed") if path in saved), None)
     if theirs is None or not paths:
         return {}
@@ -213,7 +230,9 @@ def _codebooks(source: Source, recipe: Any, wanted: dict[str, Any], offset: int)
     total, wide = wanted[paths[0]].shape
     if wide != width or len(words) == 0 or words.max() >= rows:
         last = words.max(initial=-1)
-        raise ValueError(f"config.init.text: {theirs} has {rows} rows of {width}; the codebooks are of {len(words)} words up to id {last} and {wide} wide")
+        raise ValueError(
+            f"config.init.text: {theirs} has {rows} rows of {width}; the codebooks are of {len(words)} words up to id {last} and {wide} wide"
+        )
     change = lambda x: np.pad((x if tied else x.T)[words], ((0, total - len(words)), (0, 0)))
     return {path: Leaf(str(source.checkpoints), saved[theirs], change, f"{len(words)} rows of {theirs}", path=theirs) for path in paths}
 
@@ -250,7 +269,11 @@ def _adapters(name: str, recipe: Any, wanted: dict[str, Any]) -> dict[str, Leaf]
             faults.append(f"{path} has {value.shape} in {folder}; this config makes it {wanted[path].shape}")
     if faults:
         raise ValueError("\n  ".join(faults))
-    taken = {path: np.asarray(value) for path, value in found.items() if not (recipe.init.skip and re.search(recipe.init.skip, path.rpartition("/")[0]))}
+    taken = {
+        path: np.asarray(value)
+        for path, value in found.items()
+        if not (recipe.init.skip and re.search(recipe.init.skip, path.rpartition("/")[0]))
+    }
     return {path: Leaf(folder, jax.ShapeDtypeStruct(value.shape, value.dtype), None, "loaded", value) for path, value in taken.items()}
 
 
@@ -262,7 +285,9 @@ def _saved(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     out = {}
     for path, kind in manifest.read(folder, steps[0]).leaves.items():
         if path.startswith("params/lora/"):
-            raise ValueError(f"{folder} holds adapters of its {path.split('/')[2]} tower; export the run, which merges them, and import that")
+            raise ValueError(
+                f"{folder} holds adapters of its {path.split('/')[2]} tower; export the run, which merges them, and import that"
+            )
         if path.startswith(("params/", "memory/")):
             dtype, _, shape = kind.rstrip("]").partition("[")
             out[path.removeprefix("params/")] = jax.ShapeDtypeStruct(tuple(int(n) for n in shape.split(",") if n), jnp.dtype(dtype))
@@ -279,7 +304,9 @@ def _of(path: str, key: str) -> bool:
     return path != STEP if key == "whole" else path.startswith(key + "/")
 
 
-def _change(path: str, theirs: str, have: tuple[int, ...], want: tuple[int, ...], source: Source, grid: tuple[int, int], offset: int) -> tuple[Callable | None, str]:
+def _change(
+    path: str, theirs: str, have: tuple[int, ...], want: tuple[int, ...], source: Source, grid: tuple[int, int], offset: int
+) -> tuple[Callable | None, str]:
     """How a saved leaf becomes ours, None where it is taken as it is, and what to tell of it; the teacher's tables are as the student's."""
     table = "/".join(path.split("/")[-2:])
     if table == "image/pos" and have != want and source.image is not None:
@@ -301,7 +328,14 @@ def _queues(leaves: dict[str, Leaf], kept: dict[str, Any]) -> None:
     if all(path in leaves for path in queues):
         if queues and FILLED in kept and FILLED not in leaves:
             first = leaves[queues[0]]
-            leaves[FILLED] = Leaf(first.source, jax.ShapeDtypeStruct((), jnp.int32), None, "all entries", np.asarray(first.saved.shape[0], np.int32), path=FILLED)
+            leaves[FILLED] = Leaf(
+                first.source,
+                jax.ShapeDtypeStruct((), jnp.int32),
+                None,
+                "all entries",
+                np.asarray(first.saved.shape[0], np.int32),
+                path=FILLED,
+            )
         return
     for path in (*queues, "memory/pointer", "memory/id_queue", FILLED):
         leaves.pop(path, None)
@@ -318,7 +352,11 @@ def _differences(name: str, folder: str, ours: Any, theirs: Any, allowed: tuple[
     def same(o: Any) -> dict[str, Any]:
         if o.kind not in ("vit", "transformer"):
             return o._asdict()
-        alike = {"kv_heads": getattr(o, "kv_heads", 0) or o.heads, "layer_scale": o.layer_scale > 0, "head_dim": getattr(o, "head_dim", 0) or o.width // o.heads}
+        alike = {
+            "kv_heads": getattr(o, "kv_heads", 0) or o.heads,
+            "layer_scale": o.layer_scale > 0,
+            "head_dim": getattr(o, "head_dim", 0) or o.width // o.heads,
+        }
         return {**o._asdict(), **{k: v for k, v in alike.items() if k in o._fields}}
 
     mine, other = same(ours), same(theirs)
@@ -330,7 +368,9 @@ def _differences(name: str, folder: str, ours: Any, theirs: Any, allowed: tuple[
 
 def _resized(shape: tuple[int, ...], grid: tuple[int, int], front: int, method: Method) -> tuple[Callable, str]:
     side = round((shape[0] - front) ** 0.5)
-    return (lambda x: resize_table(np.asarray(x, np.float32), front, grid, method)), f"resized from {side} x {side} to {grid[0]} x {grid[1]}, {method}"
+    return (
+        lambda x: resize_table(np.asarray(x, np.float32), front, grid, method)
+    ), f"resized from {side} x {side} to {grid[0]} x {grid[1]}, {method}"
 
 
 def _remedy(path: str, have: jax.ShapeDtypeStruct, offset: int) -> str:

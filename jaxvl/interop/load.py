@@ -1,4 +1,5 @@
 """Published weights into our parameters and back, tensor by tensor, each straight into or out of its sharding."""
+
 import functools
 import json
 import math
@@ -64,7 +65,9 @@ def load(
     return fill(model, stored, dtype=dtype, place=place)
 
 
-def fill(model: Published, stored: dict[str, Stored], *, dtype: str = "float32", place: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Imported:
+def fill(
+    model: Published, stored: dict[str, Stored], *, dtype: str = "float32", place: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> Imported:
     """`load` of tensors that have been found already."""
     found = match(model, stored)
     kind = lambda leaf: leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.integer) else jnp.dtype(dtype)
@@ -74,7 +77,9 @@ def fill(model: Published, stored: dict[str, Stored], *, dtype: str = "float32",
     # The largest tensor first: a tensor lies in host memory twice while it is copied, which costs least while nothing else does.
     order = sorted(flat, key=lambda path: -max(math.prod(tensor.shape) for tensor in found.leaves[path][1]))
     params = {path: _leaf(*found.leaves[path], flat[path], where[path]) for path in order}
-    return Imported(model, flax.traverse_util.unflatten_dict({path: params[path] for path in flat}, sep="/"), found.layout, found.prefix, found.dropped)
+    return Imported(
+        model, flax.traverse_util.unflatten_dict({path: params[path] for path in flat}, sep="/"), found.layout, found.prefix, found.dropped
+    )
 
 
 def read_config(source: str | Path) -> dict[str, Any]:
@@ -127,7 +132,9 @@ def match(model: Published, stored: dict[str, Stored]) -> Matched:
     return Matched(layout, prefix, leaves, tuple(dropped))
 
 
-def save(path: Path, model: Published, params: dict[str, Any], *, layout: Layout | None = None, prefix: str | None = None, dtype: str = "float32") -> None:
+def save(
+    path: Path, model: Published, params: dict[str, Any], *, layout: Layout | None = None, prefix: str | None = None, dtype: str = "float32"
+) -> None:
     """Writes params as one safetensors file in a published layout: the family's own, if none is given, with the prefix that
     transformers gives a model with the same heads.
 
@@ -153,7 +160,9 @@ def save(path: Path, model: Published, params: dict[str, Any], *, layout: Layout
     beside = lambda name: any(other.startswith(name.rpartition("decoder.")[0]) for other in groups)
     copies = {theirs: original for theirs, original in map(named, layout.copies) if layout.repeats and beside(theirs)}
     counts = {theirs: plan[other][0][0] for theirs, other in map(named, layout.counts) if other in plan}
-    plan |= {theirs: plan[original] for theirs, original in copies.items()} | {theirs: ((1, n), np.dtype(np.int64)) for theirs, n in counts.items()}
+    plan |= {theirs: plan[original] for theirs, original in copies.items()} | {
+        theirs: ((1, n), np.dtype(np.int64)) for theirs, n in counts.items()
+    }
 
     def stream() -> Iterator[tuple[str, np.ndarray]]:
         for name, parts in groups.items():

@@ -4,6 +4,7 @@ Ours are paths in {"image": Vit, "text": Text, "lm_head", "mlm", "t", "b"}, and 
 is the layer, which for us is the leading axis of everything below `blocks`. `{p}` is a prefix that a file has or has not (`bert.`).
 A table may name more than a model has; what a model's options leave out is not asked for.
 """
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -119,7 +120,10 @@ def dinov2(gated: bool) -> tuple[Layout, ...]:
     mlp = f"{_HUB}.mlp"
     hub = memory = _mlp(f"{mlp}.fc1", f"{mlp}.fc2")
     if gated:
-        hub = [*fused(_SWIGLU, f"{mlp}.weights_in.weight", f"{mlp}.weights_in.bias"), *linear("image/blocks/mlp/down", f"{mlp}.weights_out")]
+        hub = [
+            *fused(_SWIGLU, f"{mlp}.weights_in.weight", f"{mlp}.weights_in.bias"),
+            *linear("image/blocks/mlp/down", f"{mlp}.weights_out"),
+        ]
         memory = [name for x in ("gate", "up", "down") for name in linear(f"image/blocks/mlp/{x}", f"{mlp}.{x}_proj")]
     return (
         Layout(_vit(_HUB, *_OLD, _DINO_NORMS, hub, SAME), _DINO_PREFIXES, files_only=True),
@@ -154,14 +158,23 @@ def original(gated: bool) -> Layout:
 
 
 _B = "{p}encoder.layer.{i}"
-BERT_TIES = (("cls.predictions.decoder.weight", "{p}embeddings.word_embeddings.weight"), ("cls.predictions.decoder.bias", "cls.predictions.bias"))
+BERT_TIES = (
+    ("cls.predictions.decoder.weight", "{p}embeddings.word_embeddings.weight"),
+    ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+)
 BERT = Layout(
     (
         Name("text/embed", "{p}embeddings.word_embeddings.weight"),
         Name("text/pos", "{p}embeddings.position_embeddings.weight"),
         Name("text/types", "{p}embeddings.token_type_embeddings.weight"),
         *norm("text/embed_norm", "{p}embeddings.LayerNorm"),
-        *attention("text/blocks/attn", f"{_B}.attention.self.query", f"{_B}.attention.self.key", f"{_B}.attention.self.value", f"{_B}.attention.output.dense"),
+        *attention(
+            "text/blocks/attn",
+            f"{_B}.attention.self.query",
+            f"{_B}.attention.self.key",
+            f"{_B}.attention.self.value",
+            f"{_B}.attention.output.dense",
+        ),
         *norm("text/blocks/attn_norm", f"{_B}.attention.output.LayerNorm"),
         *linear("text/blocks/mlp/up", f"{_B}.intermediate.dense"),
         *linear("text/blocks/mlp/down", f"{_B}.output.dense"),

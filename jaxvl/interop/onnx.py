@@ -1,4 +1,5 @@
 """One embedding function as an ONNX file, through jax2onnx, and the file run in onnxruntime."""
+
 import contextlib
 import importlib.util
 import io
@@ -35,7 +36,9 @@ def write(path: Path, face: Callable[[Any, jax.Array], jax.Array], params: Any, 
 
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     if size > LARGEST:
-        raise ValueError(f"{path.name} would hold {size / 1e9:.1f} GB of parameters, and an ONNX file ends at 2 GB: use --format stablehlo or hf")
+        raise ValueError(
+            f"{path.name} would hold {size / 1e9:.1f} GB of parameters, and an ONNX file ends at 2 GB: use --format stablehlo or hf"
+        )
     (batch,) = jax.export.symbolic_shape("batch")
     spec = jax.ShapeDtypeStruct((batch, *inputs.shape[1:]), inputs.dtype)
     weights = jax.tree.map(jnp.asarray, params)
@@ -43,7 +46,9 @@ def write(path: Path, face: Callable[[Any, jax.Array], jax.Array], params: Any, 
     program = jaxpr_as_fun(jax.make_jaxpr(lambda x: face(weights, x))(spec))
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of every shape it leaves for onnxruntime to infer
     with contextlib.redirect_stdout(io.StringIO()):
-        jax2onnx.to_onnx(lambda x: program(x)[0], [spec], input_names=["input"], output_names=["embedding"], return_mode="file", output_path=str(path))
+        jax2onnx.to_onnx(
+            lambda x: program(x)[0], [spec], input_names=["input"], output_names=["embedding"], return_mode="file", output_path=str(path)
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # its warnings are of constants it drops
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -3,6 +3,7 @@
 Theirs are A [rank, in] and B [out, rank] of each layer, each module with a rank and alpha of its own if need be; ours are stacked
 over layers with one rank and one scale. So ranks are filled up with zeros and differences of scale go into B.
 """
+
 import json
 import re
 from pathlib import Path
@@ -40,13 +41,21 @@ def read(folder: str | Path, model: Published, options: LoraOptions) -> dict[str
         config = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError) as error:
         raise AdapterError(f"{folder} is no adapter folder: {CONFIG} cannot be read ({error})") from None
-    faults = [f"{key}={config[key]!r}: only {legal[0]!r} can be read" for key, legal in PLAIN.items() if key in config and config[key] not in legal]
+    faults = [
+        f"{key}={config[key]!r}: only {legal[0]!r} can be read"
+        for key, legal in PLAIN.items()
+        if key in config and config[key] not in legal
+    ]
     if re.match("pissa|olora|corda|loftq", str(config.get("init_lora_weights", ""))):
         faults.append(f"init_lora_weights={config['init_lora_weights']!r}: such adapters belong to a base that was changed as well")
     if faults:
         raise AdapterError(f"{folder / CONFIG}:\n  " + "\n  ".join(faults))
-    stored = {re.sub(r"\.default(?=\.weight$)", "", name).removeprefix(START): tensor for name, tensor in tensors.find(folder / WEIGHTS).items()}
-    modules = max((_modules(model, *choice) for choice in _choices(model)), key=lambda known: sum(f"{m}.lora_A.weight" in stored for m in known))
+    stored = {
+        re.sub(r"\.default(?=\.weight$)", "", name).removeprefix(START): tensor for name, tensor in tensors.find(folder / WEIGHTS).items()
+    }
+    modules = max(
+        (_modules(model, *choice) for choice in _choices(model)), key=lambda known: sum(f"{m}.lora_A.weight" in stored for m in known)
+    )
     expected = {f"{module}.lora_{side}.weight" for module in modules for side in "AB"}
     faults = [f"unknown: {name} {stored[name].shape}" for name in sorted(stored.keys() - expected)]
 
@@ -106,7 +115,9 @@ def write(folder: Path, adapters: dict[str, np.ndarray], options: LoraOptions, m
 
 def _choices(model: Published) -> list[tuple[Any, str]]:
     """Every layout and prefix, those of a model with a head last first: adapters are trained under one."""
-    return [(layout, prefix) for layout in load.layouts_of(model) for prefix in sorted(layout.prefixes, key=len, reverse=model.head != "none")]
+    return [
+        (layout, prefix) for layout in load.layouts_of(model) for prefix in sorted(layout.prefixes, key=len, reverse=model.head != "none")
+    ]
 
 
 def _modules(model: Published, layout: Any, prefix: str) -> dict[str, tuple[str, int | None]]:

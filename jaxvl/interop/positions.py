@@ -2,6 +2,7 @@
 
 All variants are separable, with half-pixel centres: output pixel i lies at (i + 1/2) · source / target - 1/2 of the source.
 """
+
 from typing import Literal
 
 import numpy as np
@@ -26,7 +27,9 @@ def resize_table(table: np.ndarray, front: int, target: tuple[int, int], method:
     """
     side = round((len(table) - front) ** 0.5)
     if side * side != len(table) - front:
-        raise ValueError(f"{len(table)} positions less {front} of class tokens are {len(table) - front} patches, which form no square to resize")
+        raise ValueError(
+            f"{len(table)} positions less {front} of class tokens are {len(table) - front} patches, which form no square to resize"
+        )
     grid = resize_grid(table[front:].reshape(side, side, -1), target, method)
     return np.concatenate([table[:front], grid.reshape(-1, table.shape[1])])
 

@@ -1,4 +1,5 @@
 """What a published config.json describes, in our options. Every key that changes the numbers is read or refused by name."""
+
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -289,7 +290,11 @@ def _llama(config: dict[str, Any], names: Collection[str]) -> Published:
         rope_scaling=scaling, pool="last", qkv_bias=c["attention_bias"], out_bias=c["attention_bias"], mlp_bias=c["mlp_bias"],
     )  # fmt: skip
     head = "lm_tied" if c["tie_word_embeddings"] else "lm"
-    return Published("llama", text=text, head=head if c["tie_word_embeddings"] or _has(names, "lm_head.weight") or _has(names, "output.weight") else "none")
+    return Published(
+        "llama",
+        text=text,
+        head=head if c["tie_word_embeddings"] or _has(names, "lm_head.weight") or _has(names, "output.weight") else "none",
+    )
 
 
 def _open_clip(c: dict[str, Any], names: Collection[str]) -> Published:

@@ -2,6 +2,7 @@
 
 The library maps files into memory, and what it has touched stays resident until the file is closed; plain reads do not.
 """
+
 import json
 import os
 from collections.abc import Iterable
@@ -56,7 +57,11 @@ def find(source: str | Path) -> dict[str, Stored]:
     """
     path = Path(source)
     if path.is_dir():
-        found = [path / name for name in (INDEX, SINGLE) if (path / name).is_file()] or sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+        found = (
+            [path / name for name in (INDEX, SINGLE) if (path / name).is_file()]
+            or sorted(path.glob("*.safetensors.index.json"))
+            or sorted(path.glob("*.safetensors"))
+        )
         if len(found) != 1 and (not found or found[0].name not in (INDEX, SINGLE)):
             holds = f"holds {', '.join(p.name for p in found)}: name one of them" if found else f"holds no {SINGLE} and no {INDEX}"
             raise FileError(f"{path} {holds}")
@@ -77,7 +82,9 @@ def find(source: str | Path) -> dict[str, Stored]:
     lost = sorted(name for name, shard in weight_map.items() if name not in shards[shard])
     unlisted = sorted(name for shard, tensors in shards.items() for name in tensors if weight_map.get(name) != shard)
     if lost or unlisted:
-        raise FileError(f"{path} disagrees with its files: not where it says: {', '.join(lost) or 'none'}; not in it: {', '.join(unlisted) or 'none'}")
+        raise FileError(
+            f"{path} disagrees with its files: not where it says: {', '.join(lost) or 'none'}; not in it: {', '.join(unlisted) or 'none'}"
+        )
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
@@ -92,9 +99,13 @@ def _header(path: Path) -> dict[str, Stored]:
             raise FileError(f"{path} is no safetensors file or is truncated: {size} bytes cannot hold a header of {length}")
         try:
             header = json.loads(file.read(length))
-            tensors = {name: (DTYPES[t["dtype"]], tuple(t["shape"]), *t["data_offsets"]) for name, t in header.items() if name != "__metadata__"}
+            tensors = {
+                name: (DTYPES[t["dtype"]], tuple(t["shape"]), *t["data_offsets"]) for name, t in header.items() if name != "__metadata__"
+            }
             spans = sorted((lo, hi) for _, _, lo, hi in tensors.values())
-            wrong = [name for name, (dtype, shape, lo, hi) in tensors.items() if hi - lo != dtype.itemsize * int(np.prod(shape, dtype=np.int64))]
+            wrong = [
+                name for name, (dtype, shape, lo, hi) in tensors.items() if hi - lo != dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+            ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FileError(f"{path} has a damaged header: {error!r}") from None
     edges = [0, *(hi for _, hi in spans)]

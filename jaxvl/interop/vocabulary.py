@@ -1,4 +1,5 @@
 """A tokenizer written with the ids that an exported model expects."""
+
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ def write_tokenizer(tokenizer: Any, folder: Path, ids: np.ndarray | None) -> Non
     pad = "<pad>" if tokenizer.offset else None
     model = content["model"]
     if isinstance(model["vocab"], dict):
-        model["vocab"] = dict(sorted(((token, move(i)) for token, i in model["vocab"].items()), key=lambda item: item[1])) | ({pad: 0} if pad else {})
+        model["vocab"] = dict(sorted(((token, move(i)) for token, i in model["vocab"].items()), key=lambda item: item[1])) | (
+            {pad: 0} if pad else {}
+        )
     else:  # Unigram: the place in the list is the id
         rows = {move(i): row for i, row in enumerate(model["vocab"])} | ({0: [pad, 0.0]} if pad else {})
         model["vocab"] = [rows.get(i, [f"<unused{i}>", -1e9]) for i in range(max(rows) + 1)]

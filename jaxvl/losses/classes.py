@@ -5,6 +5,7 @@ array of a model with millions of classes, and nothing else needs them whole. Wh
 last rows are padding that every function masks. Embeddings [batch, width] are split over the batch axes and gathered, since
 every device meets every row of the batch with its own classes.
 """
+
 from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple

@@ -3,6 +3,7 @@
 Distances are met in blocks of rows, [block, cluster] at a time. Sums of members are matrix products with one-hot rows on every device and
 one all-reduce, which gives the same bits every time, as an atomic scatter would not. Equal distances go to the lowest cluster.
 """
+
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple

@@ -14,6 +14,7 @@ with :math:`T` the plan of a view's teacher and :math:`\bar T` its rows rescaled
 
 Reference: Duan et al., Multi-modal Alignment using Representation Codebook, CVPR 2022, https://arxiv.org/abs/2203.00048, section 3.
 """
+
 from typing import Literal, NamedTuple
 
 import jax
@@ -85,7 +86,9 @@ def assign(cosine: jax.Array, solver: Solver, queue: jax.Array | None = None, va
     views, samples, codes = cosine.shape
     if solver.scope == "local":
         if samples % solver.group:
-            raise ValueError(f"codebook: scope 'local' cuts the batch into groups of {solver.group}, which does not divide its {samples} rows")
+            raise ValueError(
+                f"codebook: scope 'local' cuts the batch into groups of {solver.group}, which does not divide its {samples} rows"
+            )
         groups = samples // solver.group
         return _split(solver.solve(1 - cosine.reshape(views, groups, solver.group, codes)).reshape(cosine.shape) / groups)
     if solver.scope == "global":

@@ -2,6 +2,7 @@ r"""Losses of composed retrieval: bidirectional matching, the objective of JVSM 
 
 Everything takes raw rows and normalises them here, x / max(||x||, 1e-5); arithmetic is float32, or float64 where the rows are.
 """
+
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 

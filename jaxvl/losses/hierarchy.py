@@ -10,6 +10,7 @@ so that an image of class y_0 has one label a level, y_{l+1} = a_l[y_l], and any
 The sum is not divided by the weights'. Where the coarse proxies come from is told by what is passed as them: parameters of their own
 (free), the means of an earlier step (frozen), or the means of this step, which hand their gradient down (tied, `tie`).
 """
+
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

@@ -1,4 +1,5 @@
 """The symmetric InfoNCE loss of CLIP."""
+
 import jax
 import jax.numpy as jnp
 from jax.nn import logsumexp

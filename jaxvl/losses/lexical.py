@@ -10,6 +10,7 @@ overuse penalty as under FLOPs, an even use of all words costs the same:
 Li et al., Unified Lexical Representation for Interpretable Visual-Language Alignment, NeurIPS 2024, https://arxiv.org/abs/2407.17827,
 equations 5 to 8; FLOPs: Paria et al., Minimizing FLOPs to Learn Efficient Sparse Representations, ICLR 2020.
 """
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,4 +1,5 @@
 """Local mutual information: what a caption or an image says as a whole against what each part of it says."""
+
 import jax
 import jax.numpy as jnp
 from jax import lax

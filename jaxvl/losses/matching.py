@@ -1,4 +1,5 @@
 """Image-text matching: which negatives a pair is told from, and the loss of telling them."""
+
 import jax
 import jax.numpy as jnp
 from jax import lax

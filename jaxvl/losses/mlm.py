@@ -1,4 +1,5 @@
 """Masked language modelling: which words are hidden, and the loss of telling them, with a teacher's opinion as target."""
+
 from typing import NamedTuple
 
 import jax
@@ -20,9 +21,7 @@ class Masked(NamedTuple):
     counted: jax.Array
 
 
-def mask_words(
-    key: jax.Array, tokens: jax.Array, maskable: jax.Array, *, vocab_size: int, mask_id: int, rate: float, most: int
-) -> Masked:
+def mask_words(key: jax.Array, tokens: jax.Array, maskable: jax.Array, *, vocab_size: int, mask_id: int, rate: float, most: int) -> Masked:
     """Chooses each maskable word with probability `rate`; shows 80 % of them as `mask_id`, 10 % as any id, 10 % as they are.
 
     maskable: bool [B, L]. `most` is K: where more words of a caption are chosen, K of them at random are hidden and the others

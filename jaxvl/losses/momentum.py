@@ -1,4 +1,5 @@
 """Contrast of a student's embeddings with a teacher's: those of the batch and those of a queue of earlier batches."""
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -159,5 +160,7 @@ def enqueue(queue: jax.Array, pointer: jax.Array, rows: jax.Array) -> jax.Array:
 
 def average(teacher: dict, student: dict, momentum: float) -> dict:
     """The leaves of `teacher` moved towards the same ones of `student`: m θ' + (1 - m) θ, without gradient."""
-    pick: Callable = lambda t, s: {k: pick(t[k], s[k]) if isinstance(t[k], dict) else momentum * t[k] + (1 - momentum) * lax.stop_gradient(s[k]) for k in t}
+    pick: Callable = lambda t, s: {
+        k: pick(t[k], s[k]) if isinstance(t[k], dict) else momentum * t[k] + (1 - momentum) * lax.stop_gradient(s[k]) for k in t
+    }
     return pick(teacher, student)

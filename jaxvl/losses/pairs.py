@@ -1,4 +1,5 @@
 """What every loss over all pairs of an image and a text needs."""
+
 import jax
 import jax.numpy as jnp
 from jax import lax

@@ -11,6 +11,7 @@ With `keep` below 1 the classes of the batch and a uniform share of all classes 
 batch counts 1 / keep: Proxy-Anchor's second term is a plain sum over classes, so its value and gradient are right on average; a
 log-sum-exp is not, so the softmax family is biased, the less the more classes are kept.
 """
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -101,11 +102,17 @@ def _run(kind: str, x: jax.Array, p: jax.Array, labels: jax.Array, scalars: jax.
     x, p = jnp.asarray(x), jnp.asarray(p)
     classes = len(p) if classes is None else classes
     if x.ndim != 2 or p.ndim != 2 or x.shape[1] != p.shape[1] or labels.shape != x.shape[:1]:
-        raise ValueError(f"a proxy loss takes embeddings [batch, width], proxies [class, width] and labels [batch], not {x.shape}, {p.shape}, {labels.shape}")
+        raise ValueError(
+            f"a proxy loss takes embeddings [batch, width], proxies [class, width] and labels [batch], not {x.shape}, {p.shape}, {labels.shape}"
+        )
     least = 2 if kind == "nca" or smoothing else 1
     if not least <= classes <= len(p):
         why = "the right class has no other beside it" if least == 2 else "there must be one"
-        raise ValueError(f"{classes} classes of {len(p)} proxies cannot be: {why}" if classes < least else f"{classes} classes need as many proxies, not {len(p)}")
+        raise ValueError(
+            f"{classes} classes of {len(p)} proxies cannot be: {why}"
+            if classes < least
+            else f"{classes} classes need as many proxies, not {len(p)}"
+        )
     if not 0 < keep <= 1 or (keep < 1 and key is None):
         raise ValueError(f"keep={keep} must be above 0 and at most 1, with a key where it is below 1")
     if keep < 1 and kind == "nca":
@@ -259,7 +266,9 @@ def _softmax_value(how: How, split: Split, *, grad: bool) -> Callable:
             logits, counts = _logits(how, scalars, x, p), _in_sum(how, labels, ids, weight)
             above = jnp.maximum(most, jnp.where(counts > 0, logits, -jnp.inf).max(1))
             safe = jnp.where(jnp.isfinite(above), above, 0)
-            some = some * jnp.exp(most - safe) + jnp.sum(jnp.where(counts > 0, counts * jnp.exp(jnp.minimum(logits - safe[:, None], 0)), 0), 1)
+            some = some * jnp.exp(most - safe) + jnp.sum(
+                jnp.where(counts > 0, counts * jnp.exp(jnp.minimum(logits - safe[:, None], 0)), 0), 1
+            )
             right = right + jnp.sum(jnp.where(labels[:, None] == ids, logits, 0), 1)
             return above, some, right, every + jnp.sum(logits * jnp.where(ids >= 0, weight, 0), 1)
 

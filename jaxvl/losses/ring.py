@@ -9,6 +9,7 @@ A loss is written as a `step` that combines the rows at home with one visiting b
 kinds: sums that stay with the rows at home, and sums that travel with the visiting block and are complete when it is
 home again.
 """
+
 from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
@@ -23,8 +24,8 @@ BATCH_AXES = ("data", "fsdp")
 
 class Ring(NamedTuple):
     axes: tuple[str, ...]  # mesh axes the batch is split over, none on a ring of one device
-    size: int              # devices on the ring, n
-    rows: int              # rows at home, b = B/n
+    size: int  # devices on the ring, n
+    rows: int  # rows at home, b = B/n
 
 
 def of_batch(batch: int) -> Ring:
@@ -38,8 +39,10 @@ def of_batch(batch: int) -> Ring:
     n = prod(mesh.shape[a] for a in axes)
     if batch % n:
         sizes = " x ".join(f"{a}={mesh.shape[a]}" for a in axes)
-        raise ValueError(f"the ring loss splits the batch evenly over {n} devices (mesh {sizes}), but the batch has "
-                         f"{batch} rows: use a multiple of {n}, or impl='global'")
+        raise ValueError(
+            f"the ring loss splits the batch evenly over {n} devices (mesh {sizes}), but the batch has "
+            f"{batch} rows: use a multiple of {n}, or impl='global'"
+        )
     return Ring(axes, n, batch // n)
 
 

@@ -1,4 +1,5 @@
 """The pairwise sigmoid loss of SigLIP."""
+
 import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid

@@ -7,6 +7,7 @@ Both solvers rescale rows and columns in turn. Sums over rows and columns are th
 of a cost split over some mesh axes and its codes over others, every plan, kernel and temporary stays split the same way, and
 what is reduced and exchanged are vectors. Nothing here has a gradient: a plan is a constant to the loss that uses it.
 """
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -125,7 +126,9 @@ def _prepare(solver: str, cost: jax.Array, u: jax.Array | None, v: jax.Array | N
         if mass is not None and (mass.ndim < 1 or mass.shape[-1] != size):
             raise ValueError(f"{solver}: {name} has shape {mass.shape}; for a cost of shape {cost.shape} it must end in {size}")
     cost = lax.stop_gradient(cost.astype(jnp.promote_types(cost.dtype, jnp.float32)))
-    log = lambda mass, size: jnp.full(size, -jnp.log(size), cost.dtype) if mass is None else jnp.log(lax.stop_gradient(mass).astype(cost.dtype))
+    log = lambda mass, size: (
+        jnp.full(size, -jnp.log(size), cost.dtype) if mass is None else jnp.log(lax.stop_gradient(mass).astype(cost.dtype))
+    )
     log_u, log_v = log(u, cost.shape[-2])[..., :, None], log(v, cost.shape[-1])[..., None, :]
     lead = cost.shape[:-2]
     return cost, jnp.broadcast_to(log_u, (*lead, *log_u.shape[-2:])), jnp.broadcast_to(log_v, (*lead, *log_v.shape[-2:]))

@@ -1,4 +1,5 @@
 """Pre-training methods by name. A method's module is imported when its options or its functions are first asked for."""
+
 import importlib
 from typing import Any, NamedTuple
 

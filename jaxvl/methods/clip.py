@@ -13,6 +13,7 @@ with the matching pairs on the diagonal. Section 2.5: e^t starts at 1/0.07 and i
 parameter t back after each step; here the forward pass is clipped and the gradient arranged to the same effect
 (`bounded_exp`), so that no optimiser needs to know about t.
 """
+
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -45,7 +46,9 @@ def build(image: VitOptions, text: TextOptions, options: ClipOptions = ClipOptio
     if options.width < 1:
         raise ValueError(f"config.method.width is {options.width}; it must be at least 1")
     if options.temperature <= 0 or options.max_scale * options.temperature < 1:
-        raise ValueError(f"config.method: an initial scale of 1 / temperature ({options.temperature}) must lie between 0 and max_scale ({options.max_scale})")
+        raise ValueError(
+            f"config.method: an initial scale of 1 / temperature ({options.temperature}) must lie between 0 and max_scale ({options.max_scale})"
+        )
     encoders = towers(with_head(image, options.width, "image"), with_head(text, options.width, "text"))
 
     def init(key: jax.Array, batch_spec: dict) -> tuple[dict, tuple]:

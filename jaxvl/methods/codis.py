@@ -23,6 +23,7 @@ The authors published no code. The paper fixes the form of the terms, the shared
 schedule; it names IPOT as the solver. The solver's constants are those of the published IPOT routine of UNITER (Chen et al.,
 ECCV 2020, https://arxiv.org/abs/1909.11740). What is our choice is said at its key in `CodisOptions`.
 """
+
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -137,7 +138,15 @@ def terms(
 
     paired, on_the_way = base.pair_losses(params, now, encoded, batch, key_pairs, draws)
     loss = paired.get("loss_mlm", 0.0) + paired["loss_itm"] + ica + each.get("loss_code", 0.0)
-    aux = {**each, "loss_ica": ica, **paired, **watched, "temperature": now.temperature, "alpha": now.alpha, "memory": base.remember(memory, now, batch)}
+    aux = {
+        **each,
+        "loss_ica": ica,
+        **paired,
+        **watched,
+        "temperature": now.temperature,
+        "alpha": now.alpha,
+        "memory": base.remember(memory, now, batch),
+    }
     return loss, aux, {"views": now, **on_the_way}
 
 
@@ -224,7 +233,9 @@ def programs(base: Trunk, o: CodisOptions, batch_spec: dict) -> dict[str, tuple]
         memory = {"image_queue": V, "text_queue": T, "id_queue": jnp.zeros(o.queue, jnp.int32), "filled": jnp.int32(o.queue)}
         return alignment(base, o, memory, views(v, t, v_m, t_m, tau), {"id": jnp.arange(B)})[1]
 
-    def code(v: jax.Array, t: jax.Array, v_m: jax.Array, t_m: jax.Array, V: jax.Array, T: jax.Array, C: jax.Array, tau: jax.Array) -> jax.Array:
+    def code(
+        v: jax.Array, t: jax.Array, v_m: jax.Array, t_m: jax.Array, V: jax.Array, T: jax.Array, C: jax.Array, tau: jax.Array
+    ) -> jax.Array:
         memory = {"image_queue": V, "text_queue": T, "filled": jnp.int32(o.queue), "step": jnp.int32(o.freeze_steps)}
         return sum(codebook(o, C, memory, views(v, t, v_m, t_m, tau))[0].values(), jnp.float32(0))
 

@@ -16,6 +16,7 @@ A leaf exists only where the options use it. With microbatches (`accumulate.py`)
 student's towers for one microbatch at a time; the teacher and the fusion passes belong to the objective, which sees all rows
 because its negatives come from all of them, and holds their activations for one of `chunks` parts of the batch.
 """
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -164,7 +165,9 @@ def trunk(image: VitOptions, text: TextOptions, options: TrunkOptions) -> Trunk:
     def keys_values(params: dict, tokens: jax.Array) -> Any:
         return image_keys_values(upper, params["fusion"], tokens)
 
-    def fuse(params: dict, states: jax.Array, mask: jax.Array, keys_values: Any, source: Any = None, key: jax.Array | None = None) -> jax.Array:
+    def fuse(
+        params: dict, states: jax.Array, mask: jax.Array, keys_values: Any, source: Any = None, key: jax.Array | None = None
+    ) -> jax.Array:
         return fusion.apply({"params": params["fusion"]}, states, mask, None, keys_values=keys_values, source=source, rngs=_dropout(key))[0]
 
     def tell_words(params: dict, states: jax.Array) -> jax.Array:
@@ -203,7 +206,9 @@ def trunk(image: VitOptions, text: TextOptions, options: TrunkOptions) -> Trunk:
         }
         return Candidates(now.v_m, memory["image_queue"], **both), Candidates(now.t_m, memory["text_queue"], **both)
 
-    def pair_losses(params: dict, now: Views, encoded: dict, batch: Batch, key: jax.Array | None, draws: Draws = Draws()) -> tuple[dict, dict]:
+    def pair_losses(
+        params: dict, now: Views, encoded: dict, batch: Batch, key: jax.Array | None, draws: Draws = Draws()
+    ) -> tuple[dict, dict]:
         G, B = now.groups, len(now.v)
         if (B // G) % o.chunks:
             raise ValueError(f"config.method.chunks is {o.chunks}; it must divide the {B // G} rows among which negatives are drawn")
@@ -231,7 +236,11 @@ def trunk(image: VitOptions, text: TextOptions, options: TrunkOptions) -> Trunk:
         def some(rows: dict, key: jax.Array | None) -> dict:
             key_words, key_fuse, key_teacher = (None,) * 3 if key is None else jax.random.split(key, 3)
             if o.mlm:
-                with_words = {"states": text_states(params, rows["masked"].tokens, rows["words"], key_words), "mask": rows["words"], "source": rows["source"][:, 0]}
+                with_words = {
+                    "states": text_states(params, rows["masked"].tokens, rows["words"], key_words),
+                    "mask": rows["words"],
+                    "source": rows["source"][:, 0],
+                }
                 rows = rows | {name: jnp.concatenate([rows[name], x[:, None]], 1) for name, x in with_words.items()}
             flat = lambda x: x.reshape(-1, *x.shape[2:])
             fused = fuse(params, flat(rows["states"]), flat(rows["mask"]), images, rows["source"].reshape(G, -1), key_fuse)

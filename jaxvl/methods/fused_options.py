@@ -1,4 +1,5 @@
 """What the methods of the ALBEF family have to choose in common (`fused.py`), and which choices cannot be."""
+
 from typing import Any, Literal, NamedTuple, get_args
 
 from jaxvl.models.text import TextOptions
@@ -61,7 +62,9 @@ def check(image: VitOptions, text: TextOptions, o: TrunkOptions) -> None:
         if tower.pool != pool:
             raise ValueError(f"config.{section}.pool is {tower.pool!r}; fusion models read the class token, which is {pool!r}")
         if tower.head or tower.pooler:
-            raise ValueError(f"config.{section} has a head of {tower.head} and a pooler of {tower.pooler} channels; fusion models project to config.method.width, so both must be 0")
+            raise ValueError(
+                f"config.{section} has a head of {tower.head} and a pooler of {tower.pooler} channels; fusion models project to config.method.width, so both must be 0"
+            )
     if text.causal:
         raise ValueError("config.text.causal is True; the text layers of fusion models see the whole caption: set it to False")
     if o.mlm and not text.mask_id:

@@ -22,6 +22,7 @@ Where the paper's text could not be had, the reading is a switch, and the defaul
   own centroid (reseed_farthest);
 - levels are weighted by `level_weights` without dividing by their sum.
 """
+
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -88,15 +89,23 @@ class HplOptions(NamedTuple):
 def complete(o: HplOptions, run: Run) -> HplOptions:
     """Options with every number that the run decides filled in. Raises ValueError where it is not known, or contradicts the options."""
     if o.classes and run.classes and o.classes != run.classes:
-        raise ValueError(f"config.method.classes is {o.classes}, but the training data have {run.classes}: leave it at 0, or set data.classes to what it should be")
+        raise ValueError(
+            f"config.method.classes is {o.classes}, but the training data have {run.classes}: leave it at 0, or set data.classes to what it should be"
+        )
     classes, levels = o.classes or run.classes, 0 if o.hierarchy == "none" else len(o.num_coarse)
     if not classes:
-        raise ValueError("config.method.classes is 0 and there are no training data to count them in: set it, and data.label and data.classes to deliver them")
+        raise ValueError(
+            "config.method.classes is 0 and there are no training data to count them in: set it, and data.label and data.classes to deliver them"
+        )
     parents = o.parents or run.parents[:levels]
     if run.steps and not run.classes:
-        raise ValueError("config.data.classes is '', with which labels are whatever the data hold: set it to all, first or second, which numbers the classes kept")
+        raise ValueError(
+            "config.data.classes is '', with which labels are whatever the data hold: set it to all, first or second, which numbers the classes kept"
+        )
     if run.steps and o.hierarchy == "given" and len(parents) < levels:
-        raise ValueError(f"config.method.hierarchy is given, and the data give {len(parents)} of {levels} levels: set data.hierarchy and data.levels, or method.parents")
+        raise ValueError(
+            f"config.method.hierarchy is given, and the data give {len(parents)} of {levels} levels: set data.hierarchy and data.levels, or method.parents"
+        )
     start = {"half": run.steps // 2, "end_of_warmup": run.warmup}.get(str(o.hierarchy_start), o.hierarchy_start)
     sizes, below = [], classes
     for level, size in enumerate(o.num_coarse[:levels]):
@@ -114,22 +123,39 @@ def complete(o: HplOptions, run: Run) -> HplOptions:
 def check(o: HplOptions) -> None:
     """Raises ValueError for completed options that cannot be, naming key, value and what would be right."""
     key = "config.method."
-    for name, low in (("width", 1), ("alpha", 1e-6), ("scale", 1e-6), ("temperature", 1e-6), ("block", 1), ("pad_to", 1), ("classes", 1), ("hierarchy_start", 0)):
+    for name, low in (
+        ("width", 1),
+        ("alpha", 1e-6),
+        ("scale", 1e-6),
+        ("temperature", 1e-6),
+        ("block", 1),
+        ("pad_to", 1),
+        ("classes", 1),
+        ("hierarchy_start", 0),
+    ):
         if getattr(o, name) < low:
             raise ValueError(f"{key}{name} is {getattr(o, name)}; it must be at least {low}")
     if len(o.level_weights) != 1 + len(o.num_coarse):
-        raise ValueError(f"{key}level_weights is {o.level_weights}; with {len(o.num_coarse)} coarse levels it must have {1 + len(o.num_coarse)} entries")
+        raise ValueError(
+            f"{key}level_weights is {o.level_weights}; with {len(o.num_coarse)} coarse levels it must have {1 + len(o.num_coarse)} entries"
+        )
     if min(o.level_weights) < 0:
         raise ValueError(f"{key}level_weights is {o.level_weights}; no weight may be negative")
     if not 0 < o.negative_sampling <= 1 or (o.negative_sampling < 1 and o.base_loss == "proxy_nca"):
-        raise ValueError(f"{key}negative_sampling is {o.negative_sampling} with {o.base_loss}; it must be above 0 and at most 1, and 1 for proxy_nca")
+        raise ValueError(
+            f"{key}negative_sampling is {o.negative_sampling} with {o.base_loss}; it must be above 0 and at most 1, and 1 for proxy_nca"
+        )
     for below, size in zip((o.classes, *o.num_coarse), o.num_coarse, strict=False):
         if not (2 if o.base_loss in ("proxy_nca", "proxy_nca_smoothed") else 1) <= size <= below:
-            raise ValueError(f"{key}num_coarse is {o.num_coarse} above {o.classes} classes; levels must not grow, nor have one proxy where {o.base_loss} needs two")
+            raise ValueError(
+                f"{key}num_coarse is {o.num_coarse} above {o.classes} classes; levels must not grow, nor have one proxy where {o.base_loss} needs two"
+            )
     if o.hierarchy == "given":
         sizes = tuple(len(a) for a in o.parents)
         if o.parents and (sizes != (o.classes, *o.num_coarse)[: len(sizes)] or len(sizes) != len(o.num_coarse)):
-            raise ValueError(f"{key}parents has {sizes} entries; {o.classes} classes and {o.num_coarse} groups need {(o.classes, *o.num_coarse)[:-1]}; see data.levels")
+            raise ValueError(
+                f"{key}parents has {sizes} entries; {o.classes} classes and {o.num_coarse} groups need {(o.classes, *o.num_coarse)[:-1]}; see data.levels"
+            )
         for a, size in zip(o.parents, o.num_coarse, strict=True) if o.parents else ():
             if min(a) < 0 or max(a) >= size:
                 raise ValueError(f"{key}parents names the group {max(a) if max(a) >= size else min(a)}, but num_coarse is {o.num_coarse}")
@@ -208,7 +234,11 @@ def build(image: Any, text: Any, options: HplOptions = HplOptions()) -> Method:
         kind = jnp.where(first, 1, jnp.where(due, 2, 0))
         above = lax.switch(kind, (lambda p, above: above, anew, online), p, above)
         now = first | due
-        after = {**memory, "hierarchy": above._replace(coarse=()) if trained else above, "refreshed": jnp.where(now, step, memory["refreshed"])}
+        after = {
+            **memory,
+            "hierarchy": above._replace(coarse=()) if trained else above,
+            "refreshed": jnp.where(now, step, memory["refreshed"]),
+        }
         if trained:
             params = {**params, "coarse": dict(zip(names, above.coarse, strict=True))}
         return Renewed(params, after, "coarse/", now & trained & o.reset_moments_on_refresh)

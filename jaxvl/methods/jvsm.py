@@ -20,6 +20,7 @@ departures, each with its switch, are:
 - schedule "two_stage" is one run whose first `first_stage` steps train L_vs alone, where VAL starts a second run from the first;
 - `mask_same`: rows of one target, text or question are no negatives of each other; VAL takes them for negatives.
 """
+
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -97,7 +98,10 @@ def build(image: Any, text: Any, options: JvsmOptions = JvsmOptions()) -> Method
         keys = jax.random.split(key, 3)
         pixels = jnp.zeros((1, *batch_spec["image"].shape[1:]), jnp.float32)
         e = jnp.zeros((1, o.width), jnp.float32)
-        parts: dict[str, Any] = {"image": vision.init(keys[0], pixels), "text": language.init(keys[1], jnp.zeros((1, *batch_spec["tokens"].shape[1:]), jnp.int32))}
+        parts: dict[str, Any] = {
+            "image": vision.init(keys[0], pixels),
+            "text": language.init(keys[1], jnp.zeros((1, *batch_spec["tokens"].shape[1:]), jnp.int32)),
+        }
         if composer:
             parts["compose"] = composer.init(keys[2], e, e)
         if mapped:
@@ -126,7 +130,9 @@ def build(image: Any, text: Any, options: JvsmOptions = JvsmOptions()) -> Method
         out: Any = language.apply({"params": params["text"]}, tokens, rngs=rngs(key))
         return out.pooled.reshape(len(tokens), levels, o.width)
 
-    def join(params: dict, stats: dict, v: jax.Array, maps: Any, s: jax.Array, valid: Any, key: jax.Array | None, train: bool) -> tuple[jax.Array, dict]:
+    def join(
+        params: dict, stats: dict, v: jax.Array, maps: Any, s: jax.Array, valid: Any, key: jax.Array | None, train: bool
+    ) -> tuple[jax.Array, dict]:
         """q [b, levels, E] of references and modifications, and the composition's running statistics."""
         if mapped:
             return attention.compose(params, maps, s, key), {}

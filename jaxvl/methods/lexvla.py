@@ -19,6 +19,7 @@ The authors have published no code. What the paper leaves open is an option here
 (`adapter`), the penalty's scope, weight and batch, how the scale is bounded (`clip`), and the words (config.tokenizer.lexicon).
 A decoder that starts from random numbers knows no words; `word_weight` teaches it those of its captions, which no part of the paper does.
 """
+
 import math
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -39,7 +40,10 @@ from jaxvl.models.vit import VitOptions
 
 ROWS = 128  # codebooks are filled up with rows of no word to a multiple of this, so that they split evenly over devices
 Penalty = Literal["overuse", "flops", "none"]
-PLAIN: dict[str, dict[str, Any]] = {"fused mapper": {"fused": False}, "shared prompt prefix": {"shared_prefix": False}}  # cheap equivalents, and their switches
+PLAIN: dict[str, dict[str, Any]] = {
+    "fused mapper": {"fused": False},
+    "shared prompt prefix": {"shared_prefix": False},
+}  # cheap equivalents, and their switches
 
 
 class LexvlaOptions(NamedTuple):
@@ -92,7 +96,9 @@ class LexvlaOptions(NamedTuple):
 def complete(options: LexvlaOptions, run: Run) -> LexvlaOptions:
     """Options with what the run's tokenizer knows: its words and the ends of its prompt. Raises ValueError where it keeps another number of words."""
     if run.words and options.entries not in (0, len(run.words)):
-        raise ValueError(f"config.method.entries is {options.entries}, but the tokenizer keeps {len(run.words)} words; see config.tokenizer.lexicon")
+        raise ValueError(
+            f"config.method.entries is {options.entries}, but the tokenizer keeps {len(run.words)} words; see config.tokenizer.lexicon"
+        )
     known = {key: getattr(run, key) for key in ("words", "prefix", "tail", "head") if getattr(run, key)}
     return options._replace(**known, entries=options.entries or len(run.words))
 
@@ -124,7 +130,14 @@ def build(image: VitOptions, text: TextOptions, options: LexvlaOptions = LexvlaO
         Z = Z * lax.rsqrt(jnp.sum(Z * Z, -1, keepdims=True))
         t = -jnp.log(jnp.float32(o.temperature))
         adapter = g_img.init(keys[2], jnp.zeros((1, 2, image.width)))["params"]
-        params = {"image": f_img.init(keys[0], images)["params"], "adapter": adapter, "text": decoder, "image_codebook": Z, "text_codebook": Z, "t": t}
+        params = {
+            "image": f_img.init(keys[0], images)["params"],
+            "adapter": adapter,
+            "text": decoder,
+            "image_codebook": Z,
+            "text_codebook": Z,
+            "t": t,
+        }
         return params, {"step": jnp.int32(0)}
 
     def features(params: dict, batch: Batch) -> Batch:
@@ -153,7 +166,13 @@ def build(image: VitOptions, text: TextOptions, options: LexvlaOptions = LexvlaO
 
     def encode(params: dict, batch: Batch, key: jax.Array | None) -> dict[str, jax.Array]:
         key_image, key_text = split_key(key)
-        x = batch["features"] if "features" in batch else features(params, batch)["features"] if o.frozen_image else tokens_of(params, batch["image"], key_image)
+        x = (
+            batch["features"]
+            if "features" in batch
+            else features(params, batch)["features"]
+            if o.frozen_image
+            else tokens_of(params, batch["image"], key_image)
+        )
         logits = text_logits(params, batch["tokens"], key_text)
         taught = {"words": words_loss(logits, batch["tokens"])} if o.word_weight else {}
         return {"image": s(image_logits(params, x)), "text": s(logits), **taught}
@@ -232,13 +251,21 @@ def resolve(image: VitOptions, text: TextOptions, o: LexvlaOptions) -> tuple[Lex
     image, text = vits.resolve(image), texts.resolve(text)
     for section, tower in (("image", image), ("text", text)):
         if tower.head or tower.pooler:
-            raise ValueError(f"config.{section}.head is {tower.head} and .pooler {tower.pooler}; LexVLA reads the tower's states as they are: set both to 0")
+            raise ValueError(
+                f"config.{section}.head is {tower.head} and .pooler {tower.pooler}; LexVLA reads the tower's states as they are: set both to 0"
+            )
     if o.entries < 1:
-        raise ValueError("config.method.entries is 0 and the tokenizer keeps no words; set config.tokenizer.lexicon, such as 'ascii_lower_len2'")
+        raise ValueError(
+            "config.method.entries is 0 and the tokenizer keeps no words; set config.tokenizer.lexicon, such as 'ascii_lower_len2'"
+        )
     if o.words and (len(o.words) != o.entries or max(o.words) >= text.vocab_size):
-        raise ValueError(f"config.method.words are {len(o.words)} ids up to {max(o.words)}, for {o.entries} entries of {text.vocab_size} tokens")
+        raise ValueError(
+            f"config.method.words are {len(o.words)} ids up to {max(o.words)}, for {o.entries} entries of {text.vocab_size} tokens"
+        )
     if o.prefix and o.shared_prefix and not text.causal:
-        raise ValueError("config.method.shared_prefix is True, but what a bidirectional text tower makes of a prompt depends on all of it; set it to False")
+        raise ValueError(
+            "config.method.shared_prefix is True, but what a bidirectional text tower makes of a prompt depends on all of it; set it to False"
+        )
     for key in ("image_weight", "text_weight", "word_weight", "penalty_warmup", "tail", "head"):
         if getattr(o, key) < 0:
             raise ValueError(f"config.method.{key} is {getattr(o, key)}; it must be at least 0")
@@ -248,7 +275,9 @@ def resolve(image: VitOptions, text: TextOptions, o: LexvlaOptions) -> tuple[Lex
         if getattr(o, key) not in get_args(legal):
             raise ValueError(f"config.method.{key} is {getattr(o, key)!r}; it must be one of {', '.join(get_args(legal))}")
     if o.temperature <= 0 or o.max_scale * o.temperature < 1:
-        raise ValueError(f"config.method: an initial scale of 1 / temperature ({o.temperature}) must lie between 0 and max_scale ({o.max_scale})")
+        raise ValueError(
+            f"config.method: an initial scale of 1 / temperature ({o.temperature}) must lie between 0 and max_scale ({o.max_scale})"
+        )
     o = o._replace(mlp2=o.mlp2 or (2048 if o.adapter == "block_mlp" else 3072))
     lexical.check_adapter(AdapterOptions(o.adapter, image.width, text.width, o.adapter_heads, o.mlp1, o.mlp2), "config.method")
     return o, image, text

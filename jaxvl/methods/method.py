@@ -1,4 +1,5 @@
 """What a pre-training method is to the rest of the program: a tuple of pure functions."""
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple

@@ -11,6 +11,7 @@ that belong together and -1 for all others (equation 1, algorithm 1):
 t' starts at log 10 and b at -10: nearly all pairs are negatives, and with this bias they cost little before anything has been
 learned, instead of pushing everything apart in the first steps.
 """
+
 import math
 from typing import Any, Literal, NamedTuple
 

@@ -12,6 +12,7 @@ softmax(x C / τ) and targets y, and :math:`y^\alpha` targets that are α parts 
 
     L = L_\text{ita}(L_\text{cma}, L_\text{imc}, L_\text{lmi}) + L_\text{itm} + L_\text{mlm}
 """
+
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -72,7 +73,9 @@ def build(image: VitOptions, text: TextOptions, options: TclOptions = TclOptions
     o = resolve(options)
     base = trunk(image, text, of_method(o))
     if "lmi" in o.align and image.patch_dropout:
-        raise ValueError(f"config.image.patch_dropout is {image.patch_dropout}; the local terms of config.method.align={o.align!r} pool all patches: set it to 0")
+        raise ValueError(
+            f"config.image.patch_dropout is {image.patch_dropout}; the local terms of config.method.align={o.align!r} pool all patches: set it to 0"
+        )
 
     return on_trunk(base, partial(terms, base, o), partial(flops, base, o), partial(programs, o))
 
@@ -135,7 +138,12 @@ def flops(base: Trunk, o: TclOptions, batch_spec: dict) -> dict[str, float]:
     cma, imc = (product * (group + o.queue) * n / 3 for n in (2 * (2 + 1), 2 * 2))
     local = 2.0 * o.width * (rows * columns * base.image.width + (length - 1) * base.text.width) / 3
     lmi = local + product * group * (o.pool_grid**2 + length - 1) * 2 / 3
-    return {**base.flops(batch_spec), "cma": cma, **({"imc": imc} if "imc" in o.align else {}), **({"lmi": lmi} if "lmi" in o.align else {})}
+    return {
+        **base.flops(batch_spec),
+        "cma": cma,
+        **({"imc": imc} if "imc" in o.align else {}),
+        **({"lmi": lmi} if "lmi" in o.align else {}),
+    }
 
 
 def programs(o: TclOptions, batch_spec: dict) -> dict[str, tuple]:

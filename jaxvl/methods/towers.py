@@ -1,4 +1,5 @@
 """An image tower and a text tower that map into one space of unit vectors: what all dual encoders are built on."""
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,7 +35,9 @@ def towers(image: Any, text: Any) -> Towers:
     image, text = of_image.resolve(image, "image"), of_text.resolve(text, "text")
     width, text_width = image.head or of_image.features(image), text.head or of_text.features(text)
     if width != text_width:
-        raise ValueError(f"the image tower ends in {width} channels and the text tower in {text_width}; set config.method.width to project both")
+        raise ValueError(
+            f"the image tower ends in {width} channels and the text tower in {text_width}; set config.method.width to project both"
+        )
     vision, language = of_image.module(image), of_text.module(text)
 
     def init(key: jax.Array, batch_spec: dict) -> dict:
@@ -70,5 +73,7 @@ def towers(image: Any, text: Any) -> Towers:
 def with_head(options: Any, width: int, section: str) -> Any:
     """Tower options with a projection to `width`. Raises ValueError where the options name another one."""
     if options.head not in (0, width):
-        raise ValueError(f"config.{section}.head is {options.head}, but the method projects to {width} channels: leave it at 0 and set config.method.width")
+        raise ValueError(
+            f"config.{section}.head is {options.head}, but the method projects to {width} channels: leave it at 0 and set config.method.width"
+        )
     return options._replace(head=width)

@@ -1,4 +1,5 @@
 """Scaled dot-product attention and rotary position embedding, as functions of arrays."""
+
 from typing import Literal, NamedTuple
 
 import jax

@@ -1,4 +1,5 @@
 """Batch normalisation whose statistics are those of the global batch, on any number of devices and with rows left out."""
+
 from typing import Literal
 
 import flax.linen as nn

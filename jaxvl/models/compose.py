@@ -3,6 +3,7 @@
 All take the image and the text in the joint space and return what is compared with target images. `valid` marks the rows that
 have both, whose statistics batch normalisation takes; with a `dropout` key a pass is random.
 """
+
 from typing import Literal
 
 import flax.linen as nn

@@ -3,6 +3,7 @@
 Matrix products only, the whole attention matrix also where it is causal; XLA's own count cannot serve, since it takes the
 body of a scan once. A training step is three times the forward pass, whatever is rematerialised.
 """
+
 from jaxvl.models import lstm, mobilenet, resnet, text, vit
 from jaxvl.models.parts import BlockOptions
 
@@ -68,7 +69,9 @@ def resnet_flops(options: resnet.ResnetOptions, height: int, width: int) -> floa
             if stage and not block:
                 height, width = halve(height), halve(width)
             area = height * width
-            total += before * into * inside + area * inside * (9 * inside + out) + (area * into * out if into != out or before != area else 0)
+            total += (
+                before * into * inside + area * inside * (9 * inside + out) + (area * into * out if into != out or before != area else 0)
+            )
             into = out
     return 2.0 * (total + into * o.head)
 

@@ -1,4 +1,5 @@
 """Layers on top of two towers: a text transformer that reads image tokens, and the heads that predict words."""
+
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +19,9 @@ class Fusion(nn.Module):
     options: TextOptions
 
     @nn.compact
-    def __call__(self, states, mask, images, images_mask=None, *, keys_values=None, source=None, hidden: bool = False) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(
+        self, states, mask, images, images_mask=None, *, keys_values=None, source=None, hidden: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
         """states [batch, token, width] and their mask bool [batch, token] or None, images [batch, patch, any width] and
         their mask bool [batch, patch] or None -> states [batch, token, width], every layer's [depth, ...] if asked for.
 
@@ -44,7 +47,14 @@ class ImageKeysValues(nn.Module):
     @nn.compact
     def __call__(self, images) -> tuple[jax.Array, jax.Array]:
         o = resolve(self.options)
-        each = nn.scan(parts.CrossKeysValues, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=o.depth, unroll=1 if o.scan else o.depth)
+        each = nn.scan(
+            parts.CrossKeysValues,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=o.depth,
+            unroll=1 if o.scan else o.depth,
+        )
         return each(block_options(o)._replace(cross=True), name="blocks")(None, images.astype(jnp.dtype(o.dtype)))[1]
 
 

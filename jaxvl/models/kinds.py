@@ -1,4 +1,5 @@
 """Towers by kind: the one place that knows which module, check and count belong to the options of an `image` or `text` section."""
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,9 +23,17 @@ class Kind(NamedTuple):
 
 
 IMAGE = {
-    "vit": Kind(vit.VitOptions, vit.resolve, vit.Vit, lambda o: o.pooler or o.width, lambda o, h, w, train: flops.vit_flops(o, h, w, train=train)),
+    "vit": Kind(
+        vit.VitOptions, vit.resolve, vit.Vit, lambda o: o.pooler or o.width, lambda o, h, w, train: flops.vit_flops(o, h, w, train=train)
+    ),
     "resnet": Kind(resnet.ResnetOptions, resnet.resolve, resnet.Resnet, resnet.features, lambda o, h, w, _: flops.resnet_flops(o, h, w)),
-    "mobilenet": Kind(mobilenet.MobilenetOptions, mobilenet.resolve, mobilenet.Mobilenet, mobilenet.features, lambda o, h, w, _: flops.mobilenet_flops(o, h, w)),
+    "mobilenet": Kind(
+        mobilenet.MobilenetOptions,
+        mobilenet.resolve,
+        mobilenet.Mobilenet,
+        mobilenet.features,
+        lambda o, h, w, _: flops.mobilenet_flops(o, h, w),
+    ),
 }
 TEXT = {
     "transformer": Kind(text.TextOptions, text.resolve, text.Text, lambda o: o.pooler or o.width, flops.text_flops),
@@ -41,7 +50,9 @@ def of(options: Any) -> Kind:
 def row_wise(options: Any, section: str = "image") -> None:
     """Raises ValueError where a tower's output for a row depends on other rows, for methods that keep no running statistics."""
     if getattr(options, "statistics", "frozen") != "frozen":
-        raise ValueError(f"config.{section}.statistics is {options.statistics!r}, whose running averages this method does not keep; it must be 'frozen'")
+        raise ValueError(
+            f"config.{section}.statistics is {options.statistics!r}, whose running averages this method does not keep; it must be 'frozen'"
+        )
 
 
 def constant(options: Any, section: str = "image") -> str:

@@ -1,4 +1,5 @@
 """Composition of feature maps at three levels: visiolinguistic attention on each, and each level's way into the joint space."""
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,14 +39,18 @@ class Levels(NamedTuple):
             joint[f"level{i}"] = {"dense": nn.Dense(self.width).init(keys[2 * i + 1], jnp.zeros((1, m.shape[-1]), jnp.float32))["params"]}
         return {"compose": {"params": compose}, "joint": {"params": joint}}
 
-    def maps(self, tower: nn.Module, variables: dict, images: jax.Array, rngs: dict | None, train: bool) -> tuple[tuple[jax.Array, ...], dict]:
+    def maps(
+        self, tower: nn.Module, variables: dict, images: jax.Array, rngs: dict | None, train: bool
+    ) -> tuple[tuple[jax.Array, ...], dict]:
         """Float32 maps [batch, height, width, channel], finest first, and running statistics; a ViT's are layers, evenly spread, without class tokens."""
         if not isinstance(tower, vit.Vit):
             out, after = tower.apply(variables, images, rngs=rngs, maps=True, train=train, mutable=["batch_stats"])
             return tuple(m.astype(jnp.float32) for m in out.maps), after.get("batch_stats", {})
         o = vit.resolve(tower.options)
         if o.patch_dropout:
-            raise ValueError(f"config.image.patch_dropout is {o.patch_dropout}, but a composition of feature maps needs every patch; it must be 0")
+            raise ValueError(
+                f"config.image.patch_dropout is {o.patch_dropout}, but a composition of feature maps needs every patch; it must be 0"
+            )
         seen: Any = tower.apply(variables, images, rngs=rngs, hidden=True)
         hidden = seen.hidden[:, :, o.class_tokens + o.registers :]
         rows, columns = vit.grid(o, *images.shape[1:3])

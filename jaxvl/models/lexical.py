@@ -11,6 +11,7 @@ since σ never falls. `max_logits` forms the inner maximum a few rows of Z at a 
 token that won it: V numbers an image instead of n V. Products with one-hot blocks stand for gather and scatter in the backward
 pass, which matrix units do faster.
 """
+
 import math
 from typing import Any, Literal, NamedTuple, get_args
 

@@ -9,6 +9,7 @@ with A [in, r] random and B [r, out] zero at first (rank-stabilised: Kalajdzievs
 Adapters are a subtree "lora" of the parameters, {"a", "b"} below the path of the kernel they change; a kernel's leading layer
 axis is theirs too. `wrap` adds them to any method whose maps are Linen `Dense` modules; nothing in a model knows of them.
 """
+
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
@@ -50,7 +51,9 @@ def check(options: LoraOptions) -> None:
     if not 0 <= options.dropout < 1:
         raise ValueError(f"config.lora.dropout is {options.dropout}; it must be in [0, 1)")
     if options.dropout and options.apply == "merged":
-        raise ValueError(f"config.lora.dropout is {options.dropout}, which acts on the input of an adapter; config.lora.apply must be 'separate'")
+        raise ValueError(
+            f"config.lora.dropout is {options.dropout}, which acts on the input of an adapter; config.lora.apply must be 'separate'"
+        )
     try:
         re.compile(options.targets)
     except re.error as error:

@@ -1,4 +1,5 @@
 """LSTM text encoder of composed retrieval: words, one recurrent layer, pooling over time, a projection."""
+
 from typing import Literal, NamedTuple, get_args
 
 import flax.linen as nn

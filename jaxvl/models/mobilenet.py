@@ -1,4 +1,5 @@
 """MobileNet v1 (Howard et al. 2017, https://arxiv.org/abs/1704.04861, table 1): depthwise separable convolutions."""
+
 from typing import Literal, NamedTuple, get_args
 
 import flax.linen as nn

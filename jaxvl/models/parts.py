@@ -4,6 +4,7 @@ A tower (`vit.py`, `text.py`) chooses sizes and switches in a `BlockOptions`; no
 part of. Parameters are float32, matrix products run in `BlockOptions.dtype`, norms and softmax in float32.
 A forward pass that is given a `dropout` key is a training pass; without one nothing is random.
 """
+
 import math
 from typing import Any, Literal, NamedTuple, get_args
 

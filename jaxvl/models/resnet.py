@@ -1,4 +1,5 @@
 """ResNet (He et al., CVPR 2016) with bottleneck blocks whose stride is in the 3 x 3 convolution, as torchvision and timm have it."""
+
 from typing import Literal, NamedTuple, get_args
 
 import flax.linen as nn
@@ -55,7 +56,15 @@ def convolution(o, features: int, kernel: int, stride: int, name: str, groups: i
     pad = [(kernel // 2, kernel // 2)] * 2
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     return nn.Conv(
-        features, (kernel, kernel), (stride, stride), pad, feature_group_count=groups, use_bias=False, dtype=jnp.dtype(o.dtype), kernel_init=init, name=name
+        features,
+        (kernel, kernel),
+        (stride, stride),
+        pad,
+        feature_group_count=groups,
+        use_bias=False,
+        dtype=jnp.dtype(o.dtype),
+        kernel_init=init,
+        name=name,
     )
 
 

@@ -6,6 +6,7 @@ one width (norms, biases on the residual stream, single tokens) stay whole: gath
 A pattern is searched for at the end of the path, so the same rules place optimiser moments ("opt_state/0/mu/image/...") and
 averaged copies. No pattern matches everything: a parameter nobody thought of is an error in `mesh.shardings`.
 """
+
 from jax.sharding import PartitionSpec as P
 
 _START = r"(?:^|/)"

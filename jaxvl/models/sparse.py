@@ -1,4 +1,5 @@
 """Which entries of a lexical vector are kept: those above a value, or the greatest few. What is kept is not rescaled, unless asked for."""
+
 import jax
 import jax.numpy as jnp
 

@@ -1,4 +1,5 @@
 """Text transformer: the text towers of CLIP and SigLIP, BERT and Llama by options."""
+
 from typing import Literal, NamedTuple, get_args
 
 import flax.linen as nn
@@ -82,7 +83,9 @@ def resolve(options: TextOptions, section: str = "text") -> TextOptions:
     block = block_options(o)
     parts.check_block(block, section)
     if len(o.rope_scaling) not in (0, 4):
-        raise ValueError(f"{section}.rope_scaling={o.rope_scaling} must be empty or (factor, low_freq_factor, high_freq_factor, original length)")
+        raise ValueError(
+            f"{section}.rope_scaling={o.rope_scaling} must be empty or (factor, low_freq_factor, high_freq_factor, original length)"
+        )
     if o.position == "rope" and block.head_width % 2:
         raise ValueError(f"{section}.position='rope' needs heads of an even width, not {block.head_width}")
     return o

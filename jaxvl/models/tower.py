@@ -1,4 +1,5 @@
 """What an image tower and a text tower have in common: named sizes, and what a forward pass returns."""
+
 from typing import Any, NamedTuple
 
 import jax

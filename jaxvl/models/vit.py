@@ -1,4 +1,5 @@
 """Vision transformer (Dosovitskiy et al. 2021): ViT, DeiT, DINOv2 and the image towers of CLIP and SigLIP by options."""
+
 from typing import Literal, NamedTuple, get_args
 
 import flax.linen as nn

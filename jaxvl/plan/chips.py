@@ -4,6 +4,7 @@ Figures are those of the makers, of one JAX device (for TPU v4 and newer, one ch
 Google Cloud's page of each TPU version and from NVIDIA's data sheets, the peak from `report/clock.py`. `link` is what a chip can send a second over
 all its links, one way: half of the figure that counts both ways. Beyond `node` chips, GPUs talk through the network, taken as 400 Gb/s a GPU.
 """
+
 import difflib
 import math
 import re
@@ -65,7 +66,9 @@ def topology(text: str) -> Topology:
     name, _, size = text.partition(":")
     if name not in CHIPS:
         near = difflib.get_close_matches(name, CHIPS, 1)
-        raise ValueError(f"--topology={text}: no chip is called {name!r}{f'; did you mean {near[0]!r}?' if near else ''} There are {', '.join(CHIPS)}")
+        raise ValueError(
+            f"--topology={text}: no chip is called {name!r}{f'; did you mean {near[0]!r}?' if near else ''} There are {', '.join(CHIPS)}"
+        )
     chip = CHIPS[name]
     example = f"{name}:{'x'.join(['4'] * chip.dims) if chip.dims > 1 else 8}"
     if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (chip.dims - 1), size):
@@ -76,5 +79,8 @@ def topology(text: str) -> Topology:
 
 def here(kind: str, devices: int, memory: int) -> Topology:
     """The topology that a run is on: devices of a kind as JAX names it; `memory` is the bytes that a device says it has, 0 where it does not say."""
-    chip = next((c for c in sorted(CHIPS.values(), key=lambda c: -len(c.kind)) if kind.startswith(c.kind)), Chip(kind, 0, peak_flops(kind) or 0.0, 0.0))
+    chip = next(
+        (c for c in sorted(CHIPS.values(), key=lambda c: -len(c.kind)) if kind.startswith(c.kind)),
+        Chip(kind, 0, peak_flops(kind) or 0.0, 0.0),
+    )
     return Topology(f"{chip.name}:{devices}", chip._replace(hbm=memory or chip.hbm), devices)

@@ -1,11 +1,14 @@
 """The verb `jaxvl plan`."""
+
 import json as json_
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 
-def main(config: str | None, overrides: Sequence[str], topology: str | None, *, compiles: int, limit: float, estimate: bool, json: bool) -> int:
+def main(
+    config: str | None, overrides: Sequence[str], topology: str | None, *, compiles: int, limit: float, estimate: bool, json: bool
+) -> int:
     """Print the plan of a config for a topology. Raises ValueError for what cannot be planned, naming it."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # planning uses no accelerator of this machine; must precede any import of jax
     from jaxvl import config as configs

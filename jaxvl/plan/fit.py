@@ -1,4 +1,5 @@
 """`jaxvl plan`: does a step fit, what does it send, how fast can it be at most, and what else could be tried."""
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -102,7 +103,11 @@ def of(name: str, topology: Topology, plan: Planned, program: assembly.Program, 
     temporary = found.exceeded - sum(held.values()) if found.exceeded else found.temporary
     flops = 3 * plan.parts.method.flops(plan.parts.spec) * recipe.train.batch_size
     moved = tuple(shapes.exchanged(plan, program, mesh)) if found.exceeded else found.collectives
-    notes = [*plan.notes, *found.notes, *(["the compiler gave up, since memory does not suffice: collectives are estimated from shapes"] if found.exceeded else [])]
+    notes = [
+        *plan.notes,
+        *found.notes,
+        *(["the compiler gave up, since memory does not suffice: collectives are estimated from shapes"] if found.exceeded else []),
+    ]
     return Plan(
         config=name, topology=topology.name, mesh=dict(mesh.shape), batch_size=recipe.train.batch_size, accumulate=recipe.train.accumulate, source=found.source,
         held=held, temporary=temporary, other=found.total - temporary - sum(held.values()), total=found.total, hbm=topology.chip.hbm, collectives=moved, flops=flops,
@@ -117,7 +122,15 @@ def _compiled(config: ConfigDict, topology: Topology, limit: float) -> Callable[
         given.train.batch_size = batch_size
         found = outside.compile_for(given.to_dict(), topology, limit=limit)
         where = "ahead of time for the absent TPU" if topology.chip.libtpu else "for forced CPU devices"
-        return Asked(found.total, found.temporary, found.collectives, f"compiled {where} by {found.compiler}", found.seconds, found.exceeded, found.notes)
+        return Asked(
+            found.total,
+            found.temporary,
+            found.collectives,
+            f"compiled {where} by {found.compiler}",
+            found.seconds,
+            found.exceeded,
+            found.notes,
+        )
 
     return ask
 

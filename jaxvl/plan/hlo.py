@@ -4,6 +4,7 @@ XLA's own counts take the body of a loop once. Here every instruction counts as 
 which XLA notes on the loop or which its condition tells. Of a conditional only what every branch does is sure; what one branch does beyond
 that, such as a clustering once an epoch, is told apart, and so is what lies in a loop whose length only the data know.
 """
+
 import math
 import re
 from collections import defaultdict
@@ -53,11 +54,21 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
         n = len(groups[0]) if together else 2
         given = sum(type_bytes(types[name]) for name in re.findall(r"%([\w.\-]+)", instruction.argument))
         whole = given * n if kind == "all-gather" else given
-        share = {"all-reduce": 2 * (n - 1) / n, "all-gather": (n - 1) / n, "reduce-scatter": (n - 1) / n, "all-to-all": (n - 1) / n, "collective-permute": 1.0}[kind]
+        share = {
+            "all-reduce": 2 * (n - 1) / n,
+            "all-gather": (n - 1) / n,
+            "reduce-scatter": (n - 1) / n,
+            "all-to-all": (n - 1) / n,
+            "collective-permute": 1.0,
+        }[kind]
         total = found[kind, _axes(groups, mesh), n if together else len({d for pair in groups for d in pair}), sure]
         for i, value in enumerate((times, times * whole, times * whole * share)):
             total[i] += value
-    rows = [Collective(kind, axes, n, int(count), round(size), round(sent), sure) for (kind, axes, n, sure), (count, size, sent) in found.items() if n > 1]
+    rows = [
+        Collective(kind, axes, n, int(count), round(size), round(sent), sure)
+        for (kind, axes, n, sure), (count, size, sent) in found.items()
+        if n > 1
+    ]
     return sorted(rows, key=lambda c: (not c.sure, -c.sent))
 
 

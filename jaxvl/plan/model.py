@@ -5,6 +5,7 @@ to be part of a fused loop and to need no memory; the new state lies where the o
 is split over the batch axes, and so is one with neighbouring axes into which it is cut; one of the shape of a leaf of the state is split like that
 leaf, any other is whole on each device. A compiler orders, recomputes and pads in ways that this does not know.
 """
+
 import itertools
 import math
 import re

@@ -4,6 +4,7 @@
 
 is that process. TPUs are described to libtpu by name; CPU devices are forced.
 """
+
 import importlib.metadata
 import importlib.util
 import json
@@ -61,7 +62,9 @@ def compile_for(config: dict[str, Any], topology: Topology, *, limit: float) -> 
             try:
                 status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=_environment(topology), timeout=limit).returncode
             except subprocess.TimeoutExpired:
-                raise ValueError(f"--topology={topology.name}: the compiler took more than {limit:.0f} s and was stopped; give it longer with --limit") from None
+                raise ValueError(
+                    f"--topology={topology.name}: the compiler took more than {limit:.0f} s and was stopped; give it longer with --limit"
+                ) from None
         if not result.exists():
             how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
             raise ValueError(f"--topology={topology.name}: the process that compiles {how}; its last words:\n{said.read_text()[-2000:]}")
@@ -78,7 +81,12 @@ def _environment(topology: Topology) -> dict[str, str]:
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "NPROC": "64"}
     flags = [f for f in env.get("XLA_FLAGS", "").split() if "device_count" not in f]
     if topology.chip.libtpu:
-        env |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3"}
+        env |= {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "TPU_STDERR_LOG_LEVEL": "3",
+        }
     else:
         flags.append(f"--xla_force_host_platform_device_count={topology.devices}")
     return {**env, "XLA_FLAGS": " ".join(flags)}
@@ -139,7 +147,10 @@ def exceeded(message: str, state: int) -> int:
     """Bytes that the compiler says a program would need, of its message that the memory does not suffice; 0 for another message. Where it tells of the
     temporaries alone, `state` is added."""
     amount = r"([\d.]+)([KMGT]?)"
-    for pattern, beside in ((rf"Used {amount} of [\d.]+[KMGT]? hbm", 0), (rf"total memory required for HLO temporaries \({amount}\) exceeds", state)):
+    for pattern, beside in (
+        (rf"Used {amount} of [\d.]+[KMGT]? hbm", 0),
+        (rf"total memory required for HLO temporaries \({amount}\) exceeds", state),
+    ):
         if found := re.search(pattern, message):
             return beside + round(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
     return 0
@@ -153,7 +164,11 @@ def _libtpu() -> str:
         return "libtpu of TPU_LIBRARY_PATH"
     asked = next((r for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu") and "tpu" in r.partition(";")[2]), "")
     wanted = re.search(r"==([\d.]+)", asked)
-    return f"libtpu {version}" + (f", but jax {importlib.metadata.version('jax')} asks for {wanted[1]}*" if wanted and not version.startswith(wanted[1].rstrip(".")) else "")
+    return f"libtpu {version}" + (
+        f", but jax {importlib.metadata.version('jax')} asks for {wanted[1]}*"
+        if wanted and not version.startswith(wanted[1].rstrip("."))
+        else ""
+    )
 
 
 if __name__ == "__main__":

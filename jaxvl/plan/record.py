@@ -1,4 +1,5 @@
 """The plan that is kept with a run: what its own compiled step needs and sends, on the devices it began on."""
+
 import json
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,13 @@ def save(workdir: Path, parts: Parts, program: Program, step: Compiled, mesh: Me
         notes.append("this compiler does not tell what memory a program needs")
         asked = fit.Asked(sum(shapes.held(program).values()), 0, moved, "shapes of the state alone", {})
     else:
-        total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        total = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes
+            + memory.generated_code_size_in_bytes
+        )
         asked = fit.Asked(total, memory.temp_size_in_bytes, moved, "the run's own program", {})
     plan = fit.of(workdir.name, topology, Planned(parts, steps, tuple(notes)), program, mesh, asked)
     partial = workdir / f"{FILE}.partial"

@@ -3,6 +3,7 @@
 Every row is a plan of its own; the folder keeps it as JSON, so that a table that was cut short goes on, and is read again only for the program that it
 was made of: one with the same state, batch, mesh and FLOPs.
 """
+
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,7 +39,10 @@ SAME = ("topology", "mesh", "batch_size", "accumulate", "held", "flops", "parame
 
 def table(folder: Path, *, limit: float, estimate: bool, rows: Iterable[Row] = ROWS) -> str:
     """The table in Markdown. estimate: rows that the folder does not hold are modelled from shapes instead of compiled, and say so."""
-    lines = ["| recipe | chips | batch | state, GiB | temporaries, GiB | fits | sent a step by each chip | compute / send, ms | ratio | from |", "|" + "---|" * 10]
+    lines = [
+        "| recipe | chips | batch | state, GiB | temporaries, GiB | fits | sent a step by each chip | compute / send, ms | ratio | from |",
+        "|" + "---|" * 10,
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     for row in progress(list(rows), "plans", unit="rows"):
         try:
@@ -75,11 +79,25 @@ def _line(row: Row, plan: dict[str, Any]) -> str:
     for c in plan["collectives"]:
         if c["sure"]:
             moved[c["kind"]] = moved.get(c["kind"], 0) + c["sent"]
-    sent = ", ".join(f"{kind} {tell.size_text(size)}" for kind, size in sorted(moved.items(), key=lambda item: -item[1]) if size >= 2**20) or "none above 1 MiB"
+    sent = (
+        ", ".join(f"{kind} {tell.size_text(size)}" for kind, size in sorted(moved.items(), key=lambda item: -item[1]) if size >= 2**20)
+        or "none above 1 MiB"
+    )
     compute, send = 1e3 * (plan["compute_s"] or 0), 1e3 * (plan["send_s"] or 0)
     share = f"{'yes' if plan['fits'] else 'no'}, {100 * plan['total'] / plan['hbm']:.0f} %"
     ratio = f"{compute / send:.1f}" if send else ""
     source = "compiled" if plan["source"].startswith("compiled") else "model"
     return " | ".join(
-        ("| " + Path(row.config).stem, row.topology, f"{plan['batch_size']:,}{cut}", gib(state), gib(plan["temporary"]), share, sent, f"{compute:.0f} / {send:.1f}", ratio, source + " |")
+        (
+            "| " + Path(row.config).stem,
+            row.topology,
+            f"{plan['batch_size']:,}{cut}",
+            gib(state),
+            gib(plan["temporary"]),
+            share,
+            sent,
+            f"{compute:.0f} / {send:.1f}",
+            ratio,
+            source + " |",
+        )
     )

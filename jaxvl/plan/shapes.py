@@ -1,4 +1,5 @@
 """What shapes and shardings alone tell of a step: what each device holds of the state, and what its gradients cost to exchange."""
+
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -61,7 +62,9 @@ def check_batch(batch_size: int, mesh: Mesh | AbstractMesh, accumulate: int) -> 
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (devices * accumulate):
         cuts = f" and cut in {accumulate} microbatches" if accumulate > 1 else ""
-        raise ValueError(f"config.train.batch_size is {batch_size}; to be split over data*fsdp = {devices}{cuts} it must be a multiple of {devices * accumulate}")
+        raise ValueError(
+            f"config.train.batch_size is {batch_size}; to be split over data*fsdp = {devices}{cuts} it must be a multiple of {devices * accumulate}"
+        )
 
 
 def bytes_of(leaves: Iterable[Any]) -> int:
@@ -92,7 +95,9 @@ def exchanged(plan: Planned, program: Program, mesh: Mesh | AbstractMesh) -> lis
         n = math.prod(mesh.shape[a] for a in axes)
         if n > 1:
             before = rows.get((kind, axes), Collective(kind, axes, n, 0, 0, 0))
-            rows[kind, axes] = before._replace(times=before.times + count, bytes=before.bytes + count * size, sent=before.sent + round(count * size * share * (n - 1) / n))
+            rows[kind, axes] = before._replace(
+                times=before.times + count, bytes=before.bytes + count * size, sent=before.sent + round(count * size * share * (n - 1) / n)
+            )
 
     for leaf, hold in zip(jax.tree.leaves(program.state.params), jax.tree.leaves(still), strict=True):
         split = {axis for part in leaf.sharding.spec for axis in ((part,) if isinstance(part, str) else part or ())}

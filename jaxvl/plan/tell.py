@@ -1,4 +1,5 @@
 """A plan as a person reads it, and as JSON."""
+
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -34,13 +35,20 @@ def lines(plan: Plan) -> Iterable[str]:
     yield from (f"note: {note}" for note in plan.notes)
     yield ""
     yield "memory of a device"
-    rows = [(NAMES[group], size) for group, size in plan.held.items()] + [("activations and other temporaries", plan.temporary), ("padding, code, results", plan.other)]
+    rows = [(NAMES[group], size) for group, size in plan.held.items()] + [
+        ("activations and other temporaries", plan.temporary),
+        ("padding, code, results", plan.other),
+    ]
     yield from _aligned([(name, size_text(size)) for name, size in rows if size] + [("total", size_text(plan.total))])
     yield f"  {verdict(plan)}"
     if plan.batch:
         end = "the next that was tried does not" if plan.batch.sure else "no larger one was tried; more --compiles may find it"
         tried = ", ".join(f"{size:,}: {size_text(total)}" for size, total in sorted(plan.batch.tried.items()))
-        yield f"  largest batch that fits: {plan.batch.largest:,} ({end})" if plan.batch.largest else "  no batch that was tried fits; fewer rows may"
+        yield (
+            f"  largest batch that fits: {plan.batch.largest:,} ({end})"
+            if plan.batch.largest
+            else "  no batch that was tried fits; fewer rows may"
+        )
         yield f"  tried: {tried}"
     yield ""
     yield "collectives of a step, on each device"
@@ -86,4 +94,10 @@ _UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
 def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        yield "  " + "  ".join(text.ljust(w) if i == 0 or (len(row) > 2 and i == 1) else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        yield (
+            "  "
+            + "  ".join(
+                text.ljust(w) if i == 0 or (len(row) > 2 and i == 1) else text.rjust(w)
+                for i, (text, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+        )

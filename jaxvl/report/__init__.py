@@ -1,4 +1,5 @@
 """What a person watches while a run goes, and reads when it is over. The faces; each module here does one thing."""
+
 from jaxvl.progress import progress, say
 from jaxvl.report.clock import process_age
 from jaxvl.report.log import RunLog, open_log
@@ -7,4 +8,16 @@ from jaxvl.report.options import LogOptions, check
 from jaxvl.report.page import write_report
 from jaxvl.report.summary import last_line, print_values
 
-__all__ = ["LogOptions", "RunLog", "check", "last_line", "open_log", "print_values", "process_age", "progress", "read_metrics", "say", "write_report"]
+__all__ = [
+    "LogOptions",
+    "RunLog",
+    "check",
+    "last_line",
+    "open_log",
+    "print_values",
+    "process_age",
+    "progress",
+    "read_metrics",
+    "say",
+    "write_report",
+]

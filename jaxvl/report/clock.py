@@ -171,9 +171,7 @@ class Clock:
         usual = statistics.median(seen) if seen else None
         if name and name not in WAITS:
             return Activity(name, self._since, usual)
-        return Activity(
-            "compute" if self._in_flight else name or ("other" if self._steps else "restart"), self._beat, usual
-        )
+        return Activity("compute" if self._in_flight else name or ("other" if self._steps else "restart"), self._beat, usual)
 
     def _close_span(self) -> float:
         """Note the open span up to now, and start its continuation (or the next one) from there."""

@@ -39,9 +39,7 @@ from jaxvl.report.peers import Board, Peers
 from jaxvl.report.watchdog import Watchdog
 from jaxvl.report.window import Plan, Window
 
-IN_FLIGHT = (
-    4  # steps the host may be ahead: enough to hide its jitter, few enough that waiting batches stay small in memory
-)
+IN_FLIGHT = 4  # steps the host may be ahead: enough to hide its jitter, few enough that waiting batches stay small in memory
 
 
 class _Step(NamedTuple):
@@ -108,9 +106,7 @@ class RunLog:
         """Facts for the head of the page, e.g. config=str(config), devices="8 x TPU v4"; versions are added."""
         self._facts |= {name: str(fact) for name, fact in facts.items()}
         if self._main:
-            metrics.write_atomic(
-                self._folder / "facts.json", json.dumps(self._facts | {"versions": _versions()}, indent=1)
-            )
+            metrics.write_atomic(self._folder / "facts.json", json.dumps(self._facts | {"versions": _versions()}, indent=1))
 
     def start(
         self,
@@ -133,17 +129,13 @@ class RunLog:
         """
         peak = self._options.peak_flops or clock.peak_flops(device_kind)
         if flops_per_sample and not peak:
-            say(
-                f"note: no peak FLOP/s is known for {device_kind!r}; MFU is left out unless config.log.peak_flops is set"
-            )
+            say(f"note: no peak FLOP/s is known for {device_kind!r}; MFU is left out unless config.log.peak_flops is set")
         self._plan = Plan(steps, batch_size, samples_per_epoch, flops_per_sample, chips, peak or None)
         self._step = step
         self._processes = processes
         self._open(step)
         if board:
-            self._peers = Peers(
-                board, self._process, processes, self._clock.activity, lambda: self._step, lambda: self._clock.seconds
-            )
+            self._peers = Peers(board, self._process, processes, self._clock.activity, lambda: self._step, lambda: self._clock.seconds)
         if self._main:
             self._bar = progress(text="train", total=steps, unit="steps", done=step, plain=False).__enter__()
         self._thread = threading.Thread(target=self._follow, name="log", daemon=True)
@@ -209,10 +201,7 @@ class RunLog:
         if new:
             self._bad.update(new)
             with open(self._bad_path, "a", encoding="utf-8") as file:
-                file.writelines(
-                    metrics.encode(dict(zip(("shard", "key", "reason"), row, strict=True))) + "\n"
-                    for row in sorted(new)
-                )
+                file.writelines(metrics.encode(dict(zip(("shard", "key", "reason"), row, strict=True))) + "\n" for row in sorted(new))
 
     def fed(self, step: int, row: int, ids: Iterable[int]) -> None:
         """Note, with log.samples, that the rows of the global batch of `step` from `row` on are the samples `ids`."""
@@ -287,9 +276,7 @@ class RunLog:
         if self._options.tensorboard:
             opened.append(lambda: metrics.tensorboard_writer(self._workdir / "tensorboard", step))
         if self._options.wandb:
-            opened.append(
-                lambda: metrics.wandb_writer(self._options.wandb, self._folder, self._facts.get("config", ""))
-            )
+            opened.append(lambda: metrics.wandb_writer(self._options.wandb, self._folder, self._facts.get("config", "")))
         for make in opened:
             self._writers.append(make())
             self._files.callback(self._writers[-1].close)
@@ -326,10 +313,7 @@ class RunLog:
                 writer.write(item.number, row)
             if not sys.stderr.isatty():
                 eta = self._bar.eta()
-                say(
-                    summary.log_line(item.number, self._plan.steps, row)
-                    + ("" if eta is None else f"  ETA {duration(eta)}")
-                )
+                say(summary.log_line(item.number, self._plan.steps, row) + ("" if eta is None else f"  ETA {duration(eta)}"))
             if time.perf_counter() - self._saved > 30.0:
                 self._save_session()
 

@@ -99,19 +99,13 @@ def _head(name: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
         tiles.append((f"{train[-1]['step']:,}", f"steps, {train[-1]['samples']:,} samples"))
         tiles.append((number(found["samples_per_s"]), "samples/s"))
     if sum(seconds.values()):
-        tiles.append(
-            (duration(sum(seconds.values())), f"in {len(sessions)} {'process' if len(sessions) == 1 else 'processes'}")
-        )
+        tiles.append((duration(sum(seconds.values())), f"in {len(sessions)} {'process' if len(sessions) == 1 else 'processes'}"))
     if "mfu" in found:
         tiles.append((f"{100 * found['mfu']:.1f} %", "MFU"))
     cells = "".join(f"<div><b>{html.escape(big)}</b><span>{html.escape(small)}</span></div>" for big, small in tiles)
     if sessions:
         facts = {"began": time.strftime("%Y-%m-%d %H:%M", time.localtime(sessions[0].began)), **facts}
-    lines = [
-        f"<span><em>{html.escape(k)}</em> {html.escape(v)}</span>"
-        for k, v in facts.items()
-        if isinstance(v, str) and k != "config"
-    ]
+    lines = [f"<span><em>{html.escape(k)}</em> {html.escape(v)}</span>" for k, v in facts.items() if isinstance(v, str) and k != "config"]
     words = f"<p>{html.escape(last_line({k: v for k, v in found.items() if recalls({k: v})}))}</p>"
     top = f'<h1>{html.escape(name)}</h1><div class="facts">{"".join(lines)}</div>'
     return f'<header>{top}<div class="tiles">{cells}</div>{words}</header>'
@@ -123,11 +117,7 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
     charts = []
     if x:
         trend = plots.smooth(loss, max(3.0, len(x) / 20))
-        charts.append(
-            plots.lines(
-                "Loss", [plots.Series("each line", x, loss, 0, faint=True), plots.Series("smoothed", x, trend, 0)]
-            )
-        )
+        charts.append(plots.lines("Loss", [plots.Series("each line", x, loss, 0, faint=True), plots.Series("smoothed", x, trend, 0)]))
     names = list(dict.fromkeys(name for row in rows for name in row))
     for evaluation in recalls(dict.fromkeys(names, 0.0)):
         series = []
@@ -137,19 +127,17 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
                 (k,) = at
                 at_x, y = _column(rows, name)
                 colour = {1: 1, 5: 2, 10: 0}.get(k, 3)
-                series.append(
-                    plots.Series(
-                        f"{WAYS[way]} R@{k}", at_x, [100 * v for v in y], colour, dash="" if way == "i2t" else "6 4"
-                    )
-                )
+                series.append(plots.Series(f"{WAYS[way]} R@{k}", at_x, [100 * v for v in y], colour, dash="" if way == "i2t" else "6 4"))
         charts.append(plots.lines(f"Recall {evaluation}".strip(), series, unit="%", zero=True))
-    own = [n for n in names if not recalls({n: 0.0}) and not sparsity.POINT.fullmatch(n) and not n.startswith(("time/", "samples_per_s", "codes/"))]
+    own = [
+        n
+        for n in names
+        if not recalls({n: 0.0}) and not sparsity.POINT.fullmatch(n) and not n.startswith(("time/", "samples_per_s", "codes/"))
+    ]
     small = []
     for i, name in enumerate(n for n in own if n not in (*KEPT_OUT, "loss", "mfu")):
         at_x, y = _column(rows, name)
-        small.append(
-            plots.lines(name.replace("_", " "), [plots.Series(name, at_x, y, 1 + i % 5)], width=380, height=180)
-        )
+        small.append(plots.lines(name.replace("_", " "), [plots.Series(name, at_x, y, 1 + i % 5)], width=380, height=180))
     return section("Curves", grid(charts) + grid(small, "small"))
 
 
@@ -170,18 +158,12 @@ def _codes(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _speed(rows: Sequence[Mapping[str, Any]], sessions: Sequence[Session]) -> str:
     train = [row for row in rows if "samples" in row]
-    series = [
-        plots.Series(KINDS[name], *_column(train, f"time/{name}_ms"), i) for i, name in enumerate(KINDS) if name in STEP
-    ]
+    series = [plots.Series(KINDS[name], *_column(train, f"time/{name}_ms"), i) for i, name in enumerate(KINDS) if name in STEP]
     x, rate = _column(train, "samples_per_s")
-    charts = [
-        plots.lines("Throughput", [plots.Series("samples/s", x, rate, 0)], unit="samples/s", zero=True) if x else ""
-    ]
+    charts = [plots.lines("Throughput", [plots.Series("samples/s", x, rate, 0)], unit="samples/s", zero=True) if x else ""]
     charts.append(plots.areas("A step", series, unit="ms"))
     x, mfu = _column(train, "mfu")
-    charts.append(
-        plots.lines("MFU", [plots.Series("MFU", x, [100 * v for v in mfu], 2)], unit="%", zero=True) if x else ""
-    )
+    charts.append(plots.lines("MFU", [plots.Series("MFU", x, [100 * v for v in mfu], 2)], unit="%", zero=True) if x else "")
     seconds = account(sessions)
     total = sum(seconds.values())
     text = ""
@@ -260,11 +242,7 @@ def clipped(item: str) -> str:
 
 def _details(facts: Mapping[str, Any]) -> str:
     versions = "  ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
-    text = (
-        f"<details><summary>config</summary><pre>{html.escape(facts['config'])}</pre></details>"
-        if "config" in facts
-        else ""
-    )
+    text = f"<details><summary>config</summary><pre>{html.escape(facts['config'])}</pre></details>" if "config" in facts else ""
     return f"<footer>{text}<p>{html.escape(versions)}</p></footer>"
 
 

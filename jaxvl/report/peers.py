@@ -48,7 +48,16 @@ class Peers:
     activity, step, seconds: of the run's clock: what it is doing, how many steps it has made, seconds by phase so far.
     """
 
-    def __init__(self, board: Board, process: int, processes: int, activity: Callable[[], Activity], step: Callable[[], int], seconds: Callable[[], Mapping[str, float]], look: float = LOOK) -> None:
+    def __init__(
+        self,
+        board: Board,
+        process: int,
+        processes: int,
+        activity: Callable[[], Activity],
+        step: Callable[[], int],
+        seconds: Callable[[], Mapping[str, float]],
+        look: float = LOOK,
+    ) -> None:
         self._board, self._process, self._processes, self._look = board, process, processes, look
         self._activity, self._step, self._seconds = activity, step, seconds
         self._host, self._beat = socket.gethostname(), 0
@@ -76,7 +85,15 @@ class Peers:
             now, seconds = self._activity(), self._seconds()
             own = {name: seconds.get(name, 0.0) for name in OWN}
             self._beat += 1
-            mine = Post(self._host, self._beat, self._step(), now.phase, time.perf_counter() - now.since, own, sum(own.values()) + seconds.get("compute", 0.0))
+            mine = Post(
+                self._host,
+                self._beat,
+                self._step(),
+                now.phase,
+                time.perf_counter() - now.since,
+                own,
+                sum(own.values()) + seconds.get("compute", 0.0),
+            )
             try:
                 self._board.post(json.dumps(mine))
                 if self._process == 0:
@@ -115,7 +132,9 @@ class Slow:
             if self._times[p] == LOOKS:
                 words = {"data": "waiting for data", "transfer": "host to device", "other": "host work"}
                 parts = ", ".join(f"{words[k]} {1e3 * v:,.0f} ms" for k, v in sorted(own.items(), key=lambda kv: -kv[1]))
-                lines.append(f"slow host: process {p} on {posts[p].host} holds every step up by {1e3 * lag:,.0f} of {1e3 * whole:,.0f} ms ({parts})")
+                lines.append(
+                    f"slow host: process {p} on {posts[p].host} holds every step up by {1e3 * lag:,.0f} of {1e3 * whole:,.0f} ms ({parts})"
+                )
             elif told and self._times[p] == 0:
                 lines.append(f"process {p} on {posts[p].host} keeps up again")
         return lines
@@ -126,7 +145,9 @@ def behind(before: Mapping[int, Post], now: Mapping[int, Post], processes: int) 
     name = lambda p: f"process {p} on {now[p].host}" if p in now else f"process {p}"
     silent = [p for p in range(processes) if p in now and p in before and before[p].beat == now[p].beat]
     if silent:
-        return "the others wait for " + ", ".join(f"{name(p)}, which has stopped telling what it does (step {now[p].step:,}, {now[p].phase})" for p in silent)
+        return "the others wait for " + ", ".join(
+            f"{name(p)}, which has stopped telling what it does (step {now[p].step:,}, {now[p].phase})" for p in silent
+        )
     if absent := [p for p in range(processes) if p not in now]:
         return "the others wait for " + ", ".join(f"{name(p)}, which has not begun its loop" for p in absent)
     last = min(post.step for post in now.values())
@@ -134,4 +155,6 @@ def behind(before: Mapping[int, Post], now: Mapping[int, Post], processes: int) 
     late = [p for p in late if now[p].phase != "compute"] or late
     if len(late) == len(now):
         return f"all {processes} processes are at step {last:,}, in {', '.join(sorted({post.phase for post in now.values()}))}"
-    return "the others wait for " + ", ".join(f"{name(p)} (after step {now[p].step:,}, in {now[p].phase} for {duration(now[p].lasted)})" for p in late)
+    return "the others wait for " + ", ".join(
+        f"{name(p)} (after step {now[p].step:,}, in {now[p].phase} for {duration(now[p].lasted)})" for p in late
+    )

@@ -118,9 +118,7 @@ def lines(
 
 def areas(title: str, series: Sequence[Series], *, unit: str = "", width: int = 560, height: int = 250) -> str:
     """The series, all over the same x, stacked on one another; "" where there is nothing to draw."""
-    series = [
-        s._replace(x=x, y=[v if math.isfinite(v) else 0.0 for v in y]) for s in series for x, y in [thin(s.x, s.y)]
-    ]
+    series = [s._replace(x=x, y=[v if math.isfinite(v) else 0.0 for v in y]) for s in series for x, y in [thin(s.x, s.y)]]
     if not series or not series[0].x or not any(any(s.y) for s in series):
         return ""
     base = [0.0] * len(series[0].x)

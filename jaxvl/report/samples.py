@@ -36,10 +36,16 @@ def read_samples(folder: Path, batch_size: int) -> dict[int, list[int]]:
         ids = [i for _, part in spans for i in part]
         starts = list(itertools.accumulate((len(part) for _, part in spans), initial=0))[:-1]
         if [row for row, _ in spans] != starts or len(ids) != batch_size:
-            raise ValueError(f"{folder}: step {step} was given rows {[(row, row + len(part)) for row, part in spans]} of a batch of {batch_size}")
+            raise ValueError(
+                f"{folder}: step {step} was given rows {[(row, row + len(part)) for row, part in spans]} of a batch of {batch_size}"
+            )
         out[step] = ids
     return out
 
 
 def _files(folder: Path) -> dict[Path, int]:
-    return {path: int(found[1]) for path in sorted(folder.glob("samples-*.jsonl")) if (found := re.fullmatch(r"samples-(\d+)\.jsonl", path.name))}
+    return {
+        path: int(found[1])
+        for path in sorted(folder.glob("samples-*.jsonl"))
+        if (found := re.fullmatch(r"samples-(\d+)\.jsonl", path.name))
+    }

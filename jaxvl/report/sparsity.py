@@ -1,4 +1,5 @@
 """Recall against the active entries of lexical vectors, drawn from the numbers that evaluations of kind "lexical" log."""
+
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +24,9 @@ def charts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         series = []
         for (way, k), points in by_way.items():
             x = sorted(points)
-            series.append(plots.Series(f"{WAYS[way]} R@{k}", x, [points[n] for n in x], COLOURS.get(k, 3), dash="" if way == "i2t" else "6 4"))
+            series.append(
+                plots.Series(f"{WAYS[way]} R@{k}", x, [points[n] for n in x], COLOURS.get(k, 3), dash="" if way == "i2t" else "6 4")
+            )
         out.append(plots.lines(f"Recall {evaluation} by entries kept", series, unit="%", zero=True, across="entries", log=True))
     return out
 

@@ -68,20 +68,13 @@ def finals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Final]:
                 continue
             best, at = (None, None) if "samples" in row else (value, row["step"])
             old = out.get(name)
-            if (
-                old
-                and old.best is not None
-                and best is not None
-                and (old.best <= best if LOWER.search(name) else old.best >= best)
-            ):
+            if old and old.best is not None and best is not None and (old.best <= best if LOWER.search(name) else old.best >= best):
                 best, at = old.best, old.best_step
             out[name] = Final(value, best, at)
     return out
 
 
-def print_summary(
-    rows: Sequence[Mapping[str, Any]], sessions: Sequence[Session], page: Path | None, stall: str = ""
-) -> None:
+def print_summary(rows: Sequence[Mapping[str, Any]], sessions: Sequence[Session], page: Path | None, stall: str = "") -> None:
     """Print the final metrics, where the time went, what a save costs, the page, and last of all the recalls, on standard output."""
     found = finals(rows)
     table = []

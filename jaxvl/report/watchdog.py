@@ -64,9 +64,7 @@ class Watchdog:
                 self._dump(now, lasted)
 
     def _dump(self, now: Activity, lasted: float) -> None:
-        usual = (
-            "" if now.usual is None else f", {lasted / max(now.usual, 1e-9):,.0f} times the median of {now.usual:.3g} s"
-        )
+        usual = "" if now.usual is None else f", {lasted / max(now.usual, 1e-9):,.0f} times the median of {now.usual:.3g} s"
         where = f"phase: {now.phase}, after step {self._step():,}"
         head = f"watchdog: nothing has ended for {duration(lasted)}{usual}; {where}"
         number = sum(1 for _ in self._folder.glob(f"stacks-{self._process}-[0-9]*.txt"))

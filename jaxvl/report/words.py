@@ -1,4 +1,5 @@
 """words.html: what a run's model sees and reads, in words; one self-contained page, its data beside it as words.json."""
+
 import base64
 import html
 import io
@@ -94,7 +95,9 @@ def _most_used(found: Explained) -> str:
     columns = []
     for side, rows in found.most_used.items():
         entries = _entries([(word, share, f"{100 * share:.0f} %") for word, _, share in rows], 1.0, 0 if side == "image" else 2)
-        columns.append(f"<div><h3>{html.escape(side)}s, by mean entry; the bar is the share of {html.escape(side)}s in which the word is active</h3>{entries}</div>")
+        columns.append(
+            f"<div><h3>{html.escape(side)}s, by mean entry; the bar is the share of {html.escape(side)}s in which the word is active</h3>{entries}</div>"
+        )
     return f'<div class="clouds">{"".join(columns)}</div>'
 
 
@@ -102,7 +105,11 @@ def _card(seen: Seen, found: Explained) -> str:
     most = seen.words[0][1] if seen.words else 1.0
     said = set(seen.spoken)
     words = _entries([(word, weight, f"{weight:.3f}") for word, weight in seen.words], most, 0, said)
-    shared = _entries([(word, part, f"{100 * part / seen.score:.1f} %") for word, part in seen.shared], seen.shared[0][1], 2) if seen.shared else "<p>no word</p>"
+    shared = (
+        _entries([(word, part, f"{100 * part / seen.score:.1f} %") for word, part in seen.shared], seen.shared[0][1], 2)
+        if seen.shared
+        else "<p>no word</p>"
+    )
     high = max((float(grid.max()) for grid in seen.maps.values()), default=1.0)
     maps = "".join(_map(word, grid, found.threshold, high, word in said) for word, grid in seen.maps.items())
     picture = _data(seen.picture)
@@ -118,7 +125,9 @@ def _word(sought: Sought) -> str:
     """A word with its images, their maps on one scale."""
     high = max(float(grid.max()) for _, _, grid in sought.images)
     low = min(float(grid.min()) for _, _, grid in sought.images)
-    maps = "".join(f'<div style="--p:url({_data(picture)})">{_map(f"{entry:.3f}", grid, low, high)}</div>' for picture, entry, grid in sought.images)
+    maps = "".join(
+        f'<div style="--p:url({_data(picture)})">{_map(f"{entry:.3f}", grid, low, high)}</div>' for picture, entry, grid in sought.images
+    )
     return f'<div class="word"><h3>{html.escape(sought.word)}</h3><div class="maps">{maps}</div></div>'
 
 
@@ -143,7 +152,9 @@ def _entries(rows: Sequence[tuple[str, float, str]], most: float, colour: int, s
     cells = []
     for word, value, text in rows:
         name = f'<span class="said">{html.escape(word)}</span>' if word in said else f"<span>{html.escape(word)}</span>"
-        cells.append(f'{name}<i class="c{colour}" style="width:{100 * value / most if most else 0:.1f}%"></i><small>{html.escape(text)}</small>')
+        cells.append(
+            f'{name}<i class="c{colour}" style="width:{100 * value / most if most else 0:.1f}%"></i><small>{html.escape(text)}</small>'
+        )
     return f'<div class="entries">{"".join(cells)}</div>'
 
 

@@ -1,4 +1,5 @@
 """Ways to search an opened index, by name, and how much of what exact search finds each of them finds."""
+
 from collections.abc import Callable
 from typing import Any
 

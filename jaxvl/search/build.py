@@ -1,4 +1,5 @@
 """`jaxvl search index`: embeds a source and writes the index, a batch at a time. One process, over the devices that it sees."""
+
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,14 @@ def main(run: Path, source: str, out: Path, overrides: Sequence[str], *, step: i
     lexical.check(pruning)
     with jax.set_mesh(opened.model.mesh), drafting(out) as draft:
         found = items(opened.model, source, batch_size)
-        meta = {**opened.identity._asdict(), "run": str(run.absolute()), "source": source, "overrides": list(overrides), "ema": ema, "what": found.what}
+        meta = {
+            **opened.identity._asdict(),
+            "run": str(run.absolute()),
+            "source": source,
+            "overrides": list(overrides),
+            "ema": ema,
+            "what": found.what,
+        }
         if lexicals:
             how = Sparsity(sparse.default_threshold(len(opened.pieces)) if threshold is None else threshold, active)
             meta |= {"sparsity": how._asdict(), "pieces": opened.pieces}
@@ -67,7 +75,17 @@ def sparsified(s: np.ndarray, how: Sparsity) -> sp.csr_array:
     return sp.csr_array(np.asarray(kept, np.float32))
 
 
-def write(draft: Draft, out: Path, batches: Iterable[tuple[Any, list[str]]], meta: dict[str, Any], step: int, *, pruning: Pruning, also: Sequence[str], mesh: Mesh) -> Index:
+def write(
+    draft: Draft,
+    out: Path,
+    batches: Iterable[tuple[Any, list[str]]],
+    meta: dict[str, Any],
+    step: int,
+    *,
+    pruning: Pruning,
+    also: Sequence[str],
+    mesh: Mesh,
+) -> Index:
     """The index `out` of batches of vectors, csr_array [b, V] or float32 [b, d], and their names; measures what is approximate in it.
 
     Raises ValueError where there is no item, or where dense vectors are not finite.

@@ -1,8 +1,9 @@
 """Approximate structures of other libraries, kept in the index folder; what they find is scored again by the vectors of the index.
 
-    seismic  lexical vectors: Bruch et al., Efficient Inverted Indexes for Approximate Retrieval over Learned Sparse Representations, SIGIR 2024
-    faiss    dense vectors: a graph of neighbours, Malkov and Yashunin, Efficient and robust approximate nearest neighbor search using HNSW, 2018
+seismic  lexical vectors: Bruch et al., Efficient Inverted Indexes for Approximate Retrieval over Learned Sparse Representations, SIGIR 2024
+faiss    dense vectors: a graph of neighbours, Malkov and Yashunin, Efficient and robust approximate nearest neighbor search using HNSW, 2018
 """
+
 import importlib
 import os
 import sys
@@ -63,7 +64,9 @@ def _open_seismic(rows: sp.csr_array, folder: Path) -> Callable[[sp.csr_array, i
             query = queries[[q]]
             if query.nnz:
                 words = query.indices.astype(kind)
-                answer = index.search(query_id="", query_components=words, query_values=query.data, k=k, query_cut=QUERY_CUT, heap_factor=HEAP)
+                answer = index.search(
+                    query_id="", query_components=words, query_values=query.data, k=k, query_cut=QUERY_CUT, heap_factor=HEAP
+                )
                 found[q, : len(answer)] = [int(item) for _, _, item in answer]
         return again(found, lambda q, ids: rescored(rows, queries[[q]], ids))
 

@@ -1,4 +1,5 @@
 """What is indexed: images of a folder or of shards, or texts of a file; embedded a batch at a time, with their names."""
+
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -94,7 +95,13 @@ def _text(line: bytes, where: str, is_json: bool) -> str:
             value = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{where} is no JSON ({error})") from None
-        found = value if isinstance(value, str) else next((value[f] for f in FIELDS if isinstance(value.get(f), str)), None) if isinstance(value, dict) else None
+        found = (
+            value
+            if isinstance(value, str)
+            else next((value[f] for f in FIELDS if isinstance(value.get(f), str)), None)
+            if isinstance(value, dict)
+            else None
+        )
         if found is None:
             raise ValueError(f"{where} has no text: a line is a string, or an object with one of {', '.join(FIELDS)}")
     try:

@@ -1,10 +1,11 @@
 """`jaxvl search export`: an index as other search engines read it.
 
-    anserini    documents/part-00000.jsonl of Anserini's JsonVectorCollection: {"id", "contents", "vector": {word: whole number}}. Impact indexes count
-                whole numbers, so weights are multiplied by SCALE and rounded, and a word that comes to 0 is left out; quantisation.json says so
-    qdrant      collection.json creates the collection, points-00000.json ... are bodies of its upsert; weights are kept
-    opensearch  mapping.json creates the index, bulk.jsonl goes to _bulk; words are rank_features, of which the engine keeps nine significant bits
+anserini    documents/part-00000.jsonl of Anserini's JsonVectorCollection: {"id", "contents", "vector": {word: whole number}}. Impact indexes count
+            whole numbers, so weights are multiplied by SCALE and rounded, and a word that comes to 0 is left out; quantisation.json says so
+qdrant      collection.json creates the collection, points-00000.json ... are bodies of its upsert; weights are kept
+opensearch  mapping.json creates the index, bulk.jsonl goes to _bulk; words are rank_features, of which the engine keeps nine significant bits
 """
+
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -50,7 +51,15 @@ def quantised(weights: np.ndarray, scale: int) -> np.ndarray:
 
 def _anserini(index: Index, out: Path, scale: int) -> None:
     (out / "documents").mkdir()
-    _json(out / "quantisation.json", {"scale": scale, "rule": "round(scale * weight), halves to even; words that come to 0 are left out", "items": index.total, "words": index.meta["width"]})
+    _json(
+        out / "quantisation.json",
+        {
+            "scale": scale,
+            "rule": "round(scale * weight), halves to even; words that come to 0 are left out",
+            "items": index.total,
+            "words": index.meta["width"],
+        },
+    )
     pieces = index.meta["pieces"]
     with open(out / "documents" / "part-00000.jsonl", "w") as file:
         for item, words, weights in _rows(index):
@@ -77,12 +86,23 @@ def _qdrant(index: Index, out: Path, scale: int) -> None:
 
 def _opensearch(index: Index, out: Path, scale: int) -> None:
     del scale
-    field = {"type": "rank_features"} if index.lexical else {"type": "knn_vector", "dimension": index.meta["width"], "space_type": "innerproduct"}
+    field = (
+        {"type": "rank_features"}
+        if index.lexical
+        else {"type": "knn_vector", "dimension": index.meta["width"], "space_type": "innerproduct"}
+    )
     name = FIELD if index.lexical else "vector"
-    _json(out / "mapping.json", {"settings": {} if index.lexical else {"index.knn": True}, "mappings": {"properties": {"item": {"type": "keyword"}, name: field}}})
+    _json(
+        out / "mapping.json",
+        {"settings": {} if index.lexical else {"index.knn": True}, "mappings": {"properties": {"item": {"type": "keyword"}, name: field}}},
+    )
     with open(out / "bulk.jsonl", "w") as file:
         for item, words, weights in _rows(index):
-            value = {index.meta["pieces"][word]: w for word, w in zip(words, weights.tolist(), strict=True)} if index.lexical else weights.tolist()
+            value = (
+                {index.meta["pieces"][word]: w for word, w in zip(words, weights.tolist(), strict=True)}
+                if index.lexical
+                else weights.tolist()
+            )
             _line(file, {"index": {"_id": str(item)}})
             _line(file, {"item": index.name(item), name: value})
 

@@ -2,6 +2,7 @@
 
 A score is the sum over the words that query and item share of the products of their weights, float32, added in the order of the words.
 """
+
 from typing import NamedTuple
 
 import numpy as np

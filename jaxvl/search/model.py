@@ -1,4 +1,5 @@
 """A run, or what `jaxvl export --format safetensors` made of one, opened to embed; and what tells its embeddings from another's."""
+
 import hashlib
 import json
 from collections.abc import Sequence
@@ -74,7 +75,9 @@ def same(mine: Identity, theirs: Identity, run: Path, index: Path) -> None:
         "weights": "the parameters are others",
     }  # fmt: skip
     if wrong := [why for key, why in told.items() if getattr(mine, key) != getattr(theirs, key)]:
-        raise ValueError(f"the index {index} is not of the model in {run}: {'; '.join(wrong)}. Give the run it was made from as --run, or index anew")
+        raise ValueError(
+            f"the index {index} is not of the model in {run}: {'; '.join(wrong)}. Give the run it was made from as --run, or index anew"
+        )
 
 
 def _exported_recipe(content: dict[str, Any], overrides: Sequence[str]) -> configs.Recipe:
@@ -89,7 +92,9 @@ def _exported_params(parts: assembly.Parts, folder: Path, mesh: Mesh) -> Any:
     shapes = for_faces(parts.method, *jax.eval_shape(lambda: parts.method.init(jax.random.key(0), parts.spec)))
     where = flax.traverse_util.flatten_dict(shardings({"params": shapes}, parts.method.rules, mesh)["params"], sep="/")
     wanted, stored = flax.traverse_util.flatten_dict(shapes, sep="/"), tensors.find(folder)
-    if wrong := sorted(k for k in wanted.keys() | stored.keys() if k not in wanted or k not in stored or wanted[k].shape != stored[k].shape):
+    if wrong := sorted(
+        k for k in wanted.keys() | stored.keys() if k not in wanted or k not in stored or wanted[k].shape != stored[k].shape
+    ):
         raise ValueError(f"{folder}: {len(wrong)} tensors do not fit its own config, {wrong[0]} for one")
     params = {path: _placed(stored[path], where[path]) for path in wanted}
     return flax.traverse_util.unflatten_dict(params, sep="/")

@@ -1,4 +1,5 @@
 """`jaxvl search query`: what an index holds that is nearest to a text or an image, and for lexical vectors by which words."""
+
 import json
 import sys
 import time
@@ -29,13 +30,17 @@ class Hit(NamedTuple):
     words: dict[str, float] | None = None
 
 
-def main(folder: Path, *, text: str | None, image: Path | None, k: int, backend: str, run: Path | None, explain: bool, as_json: bool) -> int:
+def main(
+    folder: Path, *, text: str | None, image: Path | None, k: int, backend: str, run: Path | None, explain: bool, as_json: bool
+) -> int:
     """Print the k best items. Raises ValueError where the index is damaged, or is not of the run that embeds the query."""
     index = open_index(folder)
     if explain and not index.lexical:
         raise ValueError(f"--explain tells scores by words, and the vectors of {folder} are dense")
     run = run or Path(index.meta["run"])
-    opened = open_run(run, index.meta["overrides"], step=None if "weights" in index.meta and _exported(run) else index.step, ema=index.meta["ema"])
+    opened = open_run(
+        run, index.meta["overrides"], step=None if "weights" in index.meta and _exported(run) else index.step, ema=index.meta["ema"]
+    )
     same(opened.identity, Identity(**{field: index.meta[field] for field in Identity._fields}), run, folder)
     with jax.set_mesh(opened.model.mesh):
         query = embed(index, opened.model, text, image)
@@ -104,7 +109,7 @@ def show(found: list[Hit], title: str) -> None:
 
 
 def sentence(words: dict[str, float]) -> str:
-    """"dog 0.112 + red 0.034 + 12 others 0.021": the parts add up to the score."""
+    """ "dog 0.112 + red 0.034 + 12 others 0.021": the parts add up to the score."""
     first = list(words.items())[:SHOWN]
     rest = list(words.values())[SHOWN:]
     shown = [f"{word} {part:.4f}" for word, part in first]

@@ -3,6 +3,7 @@
 It is written beside its place and renamed when every byte is on disk and hashed, as a checkpoint is (manifest.py), so a folder of its name is an
 index or damaged, and damage is told by file.
 """
+
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -119,7 +120,9 @@ def open_index(folder: Path) -> Index:
     except DamagedError as error:
         raise DamagedError(f"{folder}: the index is damaged, {error}") from None
     if faults := manifest.faults(folder, found):
-        raise DamagedError(f"{folder}: the index is damaged, {faults[0]}" + (f" (and {len(faults) - 1} more files)" if len(faults) > 1 else ""))
+        raise DamagedError(
+            f"{folder}: the index is damaged, {faults[0]}" + (f" (and {len(faults) - 1} more files)" if len(faults) > 1 else "")
+        )
     if found.meta.get("kind") not in ("lexical", "dense"):
         raise ValueError(f"{folder} is no index: its manifest is of kind {found.meta.get('kind')!r}")
     arrays = {}

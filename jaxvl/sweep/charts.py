@@ -1,4 +1,5 @@
 """The charts of sweep.html that a single run has no use for: the spread over seeds, and a metric against what was varied."""
+
 import html
 import math
 from collections.abc import Sequence
@@ -49,7 +50,9 @@ def spreads(title: str, bars: Sequence[Bar]) -> str:
         if math.isfinite(b.mean):
             parts.append(f'<line class="line c1" x1="{across(b.mean):.1f}" x2="{across(b.mean):.1f}" y1="{y - 9}" y2="{y + 9}"/>')
         words = f"{b.label}: mean {short(b.mean)}, {short(min(b.values))} to {short(max(b.values))}, {len(b.values)} seeds"
-        parts.append(f'<rect class="strip" x="{left}" y="{y - 15}" width="{WIDTH - left - RIGHT}" height="30"><title>{html.escape(words)}</title></rect>')
+        parts.append(
+            f'<rect class="strip" x="{left}" y="{y - 15}" width="{WIDTH - left - RIGHT}" height="30"><title>{html.escape(words)}</title></rect>'
+        )
     return _figure(title, "a dot a seed; the stroke is the mean", "".join(parts), height)
 
 
@@ -72,12 +75,18 @@ def scatter(title: str, points: Sequence[Point], *, log: bool, height: int = 240
     for tick in ticks(bottom, top, 5):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(tick):.1f}" y2="{down(tick):.1f}"/>')
         parts.append(_text(LEFT - 7, down(tick) + 4, short(tick), "end"))
-    marks = [(place(x), short(x)) for x in (_log_ticks(low, high) if log else ticks(low, high, 6))] if numeric else [(float(i), k) for i, k in enumerate(kinds)]
+    marks = (
+        [(place(x), short(x)) for x in (_log_ticks(low, high) if log else ticks(low, high, 6))]
+        if numeric
+        else [(float(i), k) for i, k in enumerate(kinds)]
+    )
     parts += [_text(across(x), height - BOTTOM + 18, word) for x, word in marks]
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height - BOTTOM}" y2="{height - BOTTOM}"/>')
     for p in points:
         style = 'class="dot c0"' if p.done else 'class="line c6" style="stroke-width:1.4"'
-        parts.append(f'<circle {style} cx="{across(place(p.x)):.1f}" cy="{down(p.y):.1f}" r="4"><title>{html.escape(f"{p.label}: {short(p.y)}")}</title></circle>')
+        parts.append(
+            f'<circle {style} cx="{across(place(p.x)):.1f}" cy="{down(p.y):.1f}" r="4"><title>{html.escape(f"{p.label}: {short(p.y)}")}</title></circle>'
+        )
     return _figure(title, "", "".join(parts), height)
 
 

@@ -3,6 +3,7 @@
 A trial's status is what trial.json says, written by the sweep alone: "waiting", "running", "stopped" (unfinished, goes on
 when the sweep does), "done", "pruned" or "failed".
 """
+
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -150,7 +151,9 @@ def _same(own: Path, trial: Trial) -> None:
     try:
         old = flat(json.loads(complete(ConfigDict(plain)).to_json_best_effort()))
     except ConfigError as error:
-        raise SweepError(f"{own} was run with a config that this version does not read: {error}. Use another --workdir, or remove this folder") from None
+        raise SweepError(
+            f"{own} was run with a config that this version does not read: {error}. Use another --workdir, or remove this folder"
+        ) from None
     new = flat(json.loads(trial.config.to_json_best_effort()))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE):

@@ -1,4 +1,5 @@
 """Trials as processes of this machine, tied to the sweep: where that is killed, they save and leave."""
+
 import os
 import signal
 import subprocess
@@ -31,7 +32,9 @@ class LocalProcess:
 
     def __init__(self, run: Path, command: list[str], env: Mapping[str, str]) -> None:
         with open(run / LOG, "a", encoding="utf-8") as log:
-            self._process = subprocess.Popen(tied(command), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
+            self._process = subprocess.Popen(
+                tied(command), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, start_new_session=True
+            )
 
     def poll(self) -> int | None:
         """See `scheduler.Process`."""

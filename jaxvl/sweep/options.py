@@ -10,6 +10,7 @@
 
 Rows, the points of the grid, the points drawn from the space, and the seeds multiply.
 """
+
 import difflib
 import math
 from collections.abc import Mapping
@@ -80,7 +81,9 @@ def read(plain: Any) -> SweepOptions:
     for key in plain:
         if key not in SweepOptions._fields:
             near = difflib.get_close_matches(str(key), SweepOptions._fields, 1)
-            raise SweepError(f"sweep(): {key} is a key that nothing reads{f'; did you mean {near[0]!r}?' if near else ''}; legal keys: {', '.join(SweepOptions._fields)}")
+            raise SweepError(
+                f"sweep(): {key} is a key that nothing reads{f'; did you mean {near[0]!r}?' if near else ''}; legal keys: {', '.join(SweepOptions._fields)}"
+            )
     if not plain.get("metric"):
         raise SweepError("sweep(): metric is missing; it must name a number of the evaluations, for one 'val/i2t/r@1'")
     return check(SweepOptions(**plain))
@@ -95,7 +98,9 @@ def check(options: SweepOptions) -> SweepOptions:
     for key in ("rows", "grid", "space"):
         if not isinstance(getattr(o, key), Mapping):
             raise SweepError(f"sweep(): {key} is {getattr(o, key)!r}; it must be a dict")
-    o = o._replace(also=tuple(o.also), seeds=tuple(o.seeds), grid={k: tuple(v) if isinstance(v, (tuple, list)) else v for k, v in o.grid.items()})
+    o = o._replace(
+        also=tuple(o.also), seeds=tuple(o.seeds), grid={k: tuple(v) if isinstance(v, (tuple, list)) else v for k, v in o.grid.items()}
+    )
     for name, row in o.rows.items():
         if not isinstance(row, Mapping):
             raise SweepError(f"sweep(): rows[{name!r}] is {row!r}; it must be a dict of overrides, {{'method.width': 192}}")

@@ -1,4 +1,5 @@
 """sweep.html: one self-contained page about a sweep, made from its folder alone; each trial links to its own report."""
+
 import html
 import math
 import time
@@ -131,4 +132,8 @@ def _failed(found: Found) -> str:
         f'<td><a href="{quote(f"{r.record.name}/{LOG}")}">log</a></td></tr>'
         for r in failed
     )
-    return f'<div class="wide"><table><thead><tr><th>trial</th><th style="text-align:left">reason</th><th></th></tr></thead><tbody>{rows}</tbody></table></div>' if failed else ""
+    return (
+        f'<div class="wide"><table><thead><tr><th>trial</th><th style="text-align:left">reason</th><th></th></tr></thead><tbody>{rows}</tbody></table></div>'
+        if failed
+        else ""
+    )

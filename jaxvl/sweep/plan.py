@@ -1,4 +1,5 @@
 """From a config file to the trials of its sweep: every name, every complete config, all wrong ones told before any runs."""
+
 import inspect
 import itertools
 import math
@@ -51,7 +52,9 @@ def trials(base: Base) -> list[Trial]:
     o = base.options
     found = []
     points = [(f"r{i:03}", draw(o, i)) for i in range(o.trials)] or [("", {})]
-    for (row, own), cell, (point, drawn), seed in itertools.product(o.rows.items() or [("", {})], _cells(o.grid), points, o.seeds or (None,)):
+    for (row, own), cell, (point, drawn), seed in itertools.product(
+        o.rows.items() or [("", {})], _cells(o.grid), points, o.seeds or (None,)
+    ):
         group = ",".join(filter(None, (row, _label(cell), point)))
         name = "-".join(filter(None, (group, "" if seed is None else f"seed{seed}")))
         found.append(make(base, folder_name(name), group, seed, {**own, **cell, **drawn}))
@@ -80,7 +83,9 @@ def make(base: Base, name: str, group: str, seed: int | None, overrides: Mapping
     for metric in (base.options.metric, *base.options.also):
         if metric.partition("/")[0] not in recipe.evals:
             known = ", ".join(recipe.evals) or "none: config.evals is empty"
-            raise SweepError(f"trial {name!r} has no evaluation {metric.partition('/')[0]!r} to give the metric {metric!r}; its evaluations: {known}")
+            raise SweepError(
+                f"trial {name!r} has no evaluation {metric.partition('/')[0]!r} to give the metric {metric!r}; its evaluations: {known}"
+            )
     return Trial(name, group, seed, dict(overrides), shrink(config) if base.tiny else config)
 
 
@@ -127,7 +132,11 @@ def _sample(d: Uniform | Integer | Choice, rng: random.Random) -> Any:
     if isinstance(d, Choice):
         return d.options[rng.randrange(len(d.options))]
     if isinstance(d, Integer):
-        return min(d.high, max(d.low, int(math.exp(rng.uniform(math.log(d.low), math.log(d.high + 1)))))) if d.log else rng.randint(d.low, d.high)
+        return (
+            min(d.high, max(d.low, int(math.exp(rng.uniform(math.log(d.low), math.log(d.high + 1))))))
+            if d.log
+            else rng.randint(d.low, d.high)
+        )
     x = math.exp(rng.uniform(math.log(d.low), math.log(d.high))) if d.log else rng.uniform(d.low, d.high)
     return min(d.high, max(d.low, float(f"{x:.4g}")))  # four digits, so that the table shows the very number that ran
 

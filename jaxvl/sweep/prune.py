@@ -5,6 +5,7 @@ far in place of running means); with 1/3 or 1/4 it is successive halving without
 Parallel Hyperparameter Tuning, MLSys 2020, algorithm 2), every evaluation a rung. A trial is judged by what it has reached
 by that step, the others by what they had reached by the same step, so the order in which trials run matters little.
 """
+
 import math
 from collections.abc import Mapping
 

@@ -1,4 +1,5 @@
 """What a sweep has found: a value a trial, a spread a row, as tables for the terminal and for other programs."""
+
 import csv
 import io
 import math
@@ -95,7 +96,17 @@ def write_tables(folder: Path, found: Found) -> list[Path]:
     """results.csv, a line a trial, and rows.csv, a line a row, in the folder of the sweep."""
     metrics = (found.options.metric, *found.options.also)
     overrides = list(dict.fromkeys(k for r in found.results() for k in r.record.overrides))
-    head = ["trial", "row", "seed", "status", "step", *metrics, *("config" if k == "config" else f"config.{k}" for k in overrides), "seconds", "reason"]
+    head = [
+        "trial",
+        "row",
+        "seed",
+        "status",
+        "step",
+        *metrics,
+        *("config" if k == "config" else f"config.{k}" for k in overrides),
+        "seconds",
+        "reason",
+    ]
     lines = [
         [r.record.name, r.record.group, "" if r.record.seed is None else r.record.seed, r.record.status, "" if r.step is None else r.step,
          *(r.values.get(m, "") for m in metrics), *(r.record.overrides.get(k, "") for k in overrides), r.record.seconds, r.record.reason]
@@ -133,7 +144,15 @@ def table(found: Found) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         of = [found_value(row, m) for m in metrics]
         drawn = [show(row.results[0].record.overrides.get(k, "")) for k in found.keys]
         steps = sorted({r.step for r in row.results if r.step is not None})
-        body.append((row.name or "all", *drawn, *of, "..".join(f"{s:,}" for s in dict.fromkeys((steps[0], steps[-1]))) if steps else "", states(row.results)))
+        body.append(
+            (
+                row.name or "all",
+                *drawn,
+                *of,
+                "..".join(f"{s:,}" for s in dict.fromkeys((steps[0], steps[-1]))) if steps else "",
+                states(row.results),
+            )
+        )
     several = any(len(row.results) > 1 for row in found.rows)
     return ("row" if several else "trial", *found.keys.values(), *metrics, "step", "trials" if several else "status"), body
 

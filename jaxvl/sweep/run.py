@@ -1,4 +1,5 @@
 """`jaxvl sweep`: plan all trials, run those that are not over, tell what was found."""
+
 import os
 from collections import Counter
 from collections.abc import Iterator

@@ -3,6 +3,7 @@
 The scheduler never reaches into a run. It has `jaxvl train` started (here or elsewhere: a Launch), follows its
 metrics.jsonl, has it end with SIGTERM (the run saves and leaves) and takes its exit status.
 """
+
 import os
 import signal
 import time
@@ -147,7 +148,9 @@ def run(folder: Path, options: SweepOptions, source: Source, bar: Bar, launch: L
                         del running[slot]
                         free.append(slot)
                     _follow(folder, options, child)
-                    advance(child.record.name, min(child.step, source.length(child.record.name) - 1))  # the last one counts when the process has ended
+                    advance(
+                        child.record.name, min(child.step, source.length(child.record.name) - 1)
+                    )  # the last one counts when the process has ended
                     if status is not None:
                         record = keep(folder, _closed(options, child, status))
                         if record.status in folders.OVER:

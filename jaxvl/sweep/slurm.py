@@ -2,6 +2,7 @@
 
 The sweep itself may run anywhere that sees the folder, for one on a login node; it submits as many jobs as it has workers.
 """
+
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,7 +54,11 @@ def parse(text: str) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals or not key.isidentifier():
             raise SweepError(f"--slurm={text}: {item!r} is no KEY=VALUE; write partition=gpu,gpus_per_node=8,timeout_min=600")
-        key = f"slurm_{key}" if key in ("partition", "account", "qos", "constraint", "time", "array_parallelism", "comment", "exclude", "nodelist") else key
+        key = (
+            f"slurm_{key}"
+            if key in ("partition", "account", "qos", "constraint", "time", "array_parallelism", "comment", "exclude", "nodelist")
+            else key
+        )
         out[key] = int(value) if value.isdigit() else value
     return out
 

@@ -4,6 +4,7 @@ The study lies in study.log, an append-only journal, so it survives any kill, an
 machines that share the folder, work on one study. A trial is owned by whoever holds its lock: what a killed
 worker has left is taken over, with its checkpoint, by the next one that looks.
 """
+
 import fcntl
 import math
 import zlib
@@ -131,7 +132,9 @@ def _study(options: SweepOptions, workdir: Path) -> Any:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
     except ImportError:
-        raise SweepError("sweep(): sampler is 'tpe', but optuna is not installed: pip install 'jaxvl[sweep]', or sampler='random'") from None
+        raise SweepError(
+            "sweep(): sampler is 'tpe', but optuna is not installed: pip install 'jaxvl[sweep]', or sampler='random'"
+        ) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = JournalStorage(JournalFileBackend(str(workdir / JOURNAL)))
     direction = optuna.study.StudyDirection.MAXIMIZE if options.mode == "max" else optuna.study.StudyDirection.MINIMIZE

@@ -1,4 +1,5 @@
 """What a Slurm job of a sweep runs. Imports nothing heavy: the command it starts is a process of its own."""
+
 import contextlib
 import os
 import signal
@@ -17,7 +18,14 @@ class Task:
     def __call__(self) -> int:
         """The exit status of the command."""
         with open(self.log, "a", encoding="utf-8") as log:
-            self._process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ | self.env, start_new_session=True)
+            self._process = subprocess.Popen(
+                self.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | self.env,
+                start_new_session=True,
+            )
         signal.signal(signal.SIGTERM, lambda *_: self._end())
         asked = False
         while self._process.poll() is None:

@@ -1,4 +1,5 @@
 """The benches of proxies and of evaluation at sizes of seconds: their numbers are there and mean what they say."""
+
 import numpy as np
 
 from jaxvl.bench import evaluation, proxies

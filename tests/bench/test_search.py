@@ -1,4 +1,5 @@
 """The bench of search on few vectors: they are what it says they are, and every backend is measured against exact search."""
+
 import numpy as np
 
 from jaxvl.bench import search

@@ -1,4 +1,5 @@
 """The step and loss benches measure the programs they claim to, and their numbers hang together."""
+
 import json
 import math
 from pathlib import Path
@@ -14,7 +15,11 @@ from jaxvl.tiny import shrink
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
-    *(f"{tower}.{key}={value}" for tower in ("image", "text") for key, value in (("width", 16), ("depth", 1), ("heads", 2), ("mlp_dim", 32))),
+    *(
+        f"{tower}.{key}={value}"
+        for tower in ("image", "text")
+        for key, value in (("width", 16), ("depth", 1), ("heads", 2), ("mlp_dim", 32))
+    ),
     *("data.image_size=32", "tokenizer.vocab_size=512", "tokenizer.context_length=8", "method.width=8", "train.batch_size=32"),
 ]
 
@@ -79,12 +84,24 @@ def test_a_step_is_compared_with_those_without_its_cheap_equivalents(monkeypatch
     assert not {"step_s", "samples_per_s", "peak_memory_bytes"} & got.keys()
     config.method.fused = False
     config.train.accumulate = 2
-    rows = {row["name"]: (row["temporary_bytes_with"], row["temporary_bytes_without"]) for row in step_bench.measure(configs.read(config), rounds=0)["equivalents"]}
-    assert rows == {"shared prompt prefix": (2100, 2110), "features of frozen towers computed once": (2100, 2101), "two-pass accumulation": (2100, 1100)}
+    rows = {
+        row["name"]: (row["temporary_bytes_with"], row["temporary_bytes_without"])
+        for row in step_bench.measure(configs.read(config), rounds=0)["equivalents"]
+    }
+    assert rows == {
+        "shared prompt prefix": (2100, 2110),
+        "features of frozen towers computed once": (2100, 2101),
+        "two-pass accumulation": (2100, 1100),
+    }
 
 
 def test_times_are_compared_by_their_medians():
-    row = lambda bytes_, seconds: {"accumulate": 1, "temporary_bytes": bytes_, "step_s": {"median": seconds}, "cpu_s": {"median": 2 * seconds}}
+    row = lambda bytes_, seconds: {
+        "accumulate": 1,
+        "temporary_bytes": bytes_,
+        "step_s": {"median": seconds},
+        "cpu_s": {"median": 2 * seconds},
+    }
     got = step_bench.compared("x", row(10, 2.0), row(30, 3.0))
     assert got["temporary_bytes_ratio"] == 3 and got["step_s_ratio"] == 1.5 and got["cpu_s_with"] == 4.0
 
@@ -93,7 +110,11 @@ def test_sizes_stand_for_a_prompt_and_its_words():
     recipe = configs.read(configs.load(str(ROOT / "configs" / "lexvla_cc12m.py")))
     made = sizes.tokenizer(recipe)
     assert len(made.lexicon.ids) == 17_182 and made.lexicon.ids.max() < made.vocab_size == 32_001
-    assert 30 < made.prompt.head < 50 and len(made.prompt.shared) == made.prompt.head - 1 and made.prompt.head + made.prompt.tail < made.context_length
+    assert (
+        30 < made.prompt.head < 50
+        and len(made.prompt.shared) == made.prompt.head - 1
+        and made.prompt.head + made.prompt.tail < made.context_length
+    )
     small = sizes.tokenizer(configs.read(configs.load(str(ROOT / "configs" / "lexvla_mini.py"))))
     assert (small.prompt.head, small.prompt.tail, small.vocab_size) == (4, 5, 8_192)
 
@@ -115,7 +136,11 @@ def test_terms_are_weighed_and_what_can_run_apart_is_run():
     mesh = make_mesh(recipe.mesh)
     with jax.set_mesh(mesh):
         parts = step_bench.assemble(recipe, step_bench.tokenizer(recipe))
-        assert {name: array.dtype.kind for name, array in step_bench.random_batch(parts).items()} == {"image": "u", "image_aug": "u", "tokens": "i"}
+        assert {name: array.dtype.kind for name, array in step_bench.random_batch(parts).items()} == {
+            "image": "u",
+            "image_aug": "u",
+            "tokens": "i",
+        }
         found = terms_bench.measure(parts.method.terms(parts.spec), mesh, rounds=1, step_s=1e6)
     assert math.isclose(sum(row["flops_share"] for row in found.values()), 1)
     assert math.isclose(sum(row["flops_per_sample"] for row in found.values()), 3 * parts.method.flops(parts.spec))

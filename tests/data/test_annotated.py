@@ -25,7 +25,14 @@ def images(tmp_path):
 def karpathy(tmp_path):
     splits = ("train", "restval", "val", "train", "test")
     entries = [
-        {"filepath": "val2014", "filename": f"{i}.png", "split": split, "cocoid": 900 + i, "imgid": i, "sentences": [{"raw": f"Image {i}."}, {"raw": f"It is {i}"}]}
+        {
+            "filepath": "val2014",
+            "filename": f"{i}.png",
+            "split": split,
+            "cocoid": 900 + i,
+            "imgid": i,
+            "sentences": [{"raw": f"Image {i}."}, {"raw": f"It is {i}"}],
+        }
         for i, split in enumerate(splits)
     ]
     entries[3]["sentences"] = [{"raw": " "}]
@@ -68,7 +75,11 @@ def test_what_is_wrong_is_told_before_anything_is_written(tmp_path, images):
     ):
         with pytest.raises(ValueError, match=words):
             call()
-    for content, words in (("[1, 2]", "is no annotation file"), ('{"images": [{"split": "train"}]}', "has no filename"), ("[", "is no annotation file")):
+    for content, words in (
+        ("[1, 2]", "is no annotation file"),
+        ('{"images": [{"split": "train"}]}', "has no filename"),
+        ("[", "is no annotation file"),
+    ):
         file.write_text(content)
         with pytest.raises(ValueError, match=words):
             make_annotated(file, images, tmp_path / "out", 5)

@@ -180,7 +180,13 @@ def test_randaugment_draws_operations_evenly():
 
 @pytest.mark.parametrize(
     "change",
-    [{"flip": 1.5}, {"jitter": (0.1, 0.1, 0.1, 0.9)}, {"blur_sigma": (2, 1)}, {"randaugment": 2, "randaugment_level": 11}, {"std": (1, 1, 0)}],
+    [
+        {"flip": 1.5},
+        {"jitter": (0.1, 0.1, 0.1, 0.9)},
+        {"blur_sigma": (2, 1)},
+        {"randaugment": 2, "randaugment_level": 11},
+        {"std": (1, 1, 0)},
+    ],
 )
 def test_senseless_options_are_named(change):
     augment.check(ALL)

@@ -37,9 +37,7 @@ class Entry(NamedTuple):
 @pytest.fixture(scope="module")
 def entries(tmp_path_factory: pytest.TempPathFactory) -> list[Entry]:
     folder = Path(
-        os.environ["JAXVL_BROKEN_DIR"]
-        if os.environ.get("JAXVL_BROKEN_DIR")
-        else write(tmp_path_factory.mktemp("broken") / "shards")
+        os.environ["JAXVL_BROKEN_DIR"] if os.environ.get("JAXVL_BROKEN_DIR") else write(tmp_path_factory.mktemp("broken") / "shards")
     )
     listed = json.loads((folder / "manifest.json").read_text())["shards"]
     assert listed, f"{folder} lists no shards"
@@ -68,9 +66,7 @@ def no_hang() -> Iterator[None]:
 def bounded_memory() -> Iterator[None]:
     """Fail if the process's peak of resident memory in here is more than MEMORY above what it had."""
     status = Path("/proc/self/status")
-    kilobytes = lambda name: int(
-        next(line for line in status.read_text().splitlines() if line.startswith(name)).split()[1]
-    )
+    kilobytes = lambda name: int(next(line for line in status.read_text().splitlines() if line.startswith(name)).split()[1])
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = kilobytes("VmRSS")
     yield
@@ -106,18 +102,11 @@ def test_each_shard_alone(entries: list[Entry], tmp_path: Path) -> None:
             delivered, reported = delivered_by_eval(entry.path, tmp_path)
             lost, leaked = sorted(entry.good - set(delivered)), sorted(entry.bad & set(delivered))
             if lost or leaked:
-                wrong.append(
-                    f"{entry.path} ({entry.problem}): good but not delivered {lost}, bad but delivered {leaked}"
-                )
-            free.update(
-                "delivered" if key in delivered else "refused" if key in reported else "not in the file"
-                for key in entry.free
-            )
+                wrong.append(f"{entry.path} ({entry.problem}): good but not delivered {lost}, bad but delivered {leaked}")
+            free.update("delivered" if key in delivered else "refused" if key in reported else "not in the file" for key in entry.free)
     print(f"{len(entries)} shards, free keys: {dict(free)}")
     assert not wrong, "\n".join(wrong)
-    assert {p for folder in folders for p in folder.iterdir()} - before == {tmp_path / "cache"}, (
-        "names in a tar lead nowhere"
-    )
+    assert {p for folder in folders for p in folder.iterdir()} - before == {tmp_path / "cache"}, "names in a tar lead nowhere"
 
 
 def test_check_adds_up_shard_by_shard(entries: list[Entry], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -146,9 +135,7 @@ def test_all_shards_in_training(entries: list[Entry], tmp_path: Path) -> None:
         dataset = open_data(options(tuple(e.path for e in entries), tmp_path, max_bad_rate=1.0, chunk=8))
         batches = train_batches(dataset, Letters(), seed=5, start=0, batch_size=64)
         delivered = set()
-        for _, batch in zip(
-            range(-(-len(dataset) // 64)), batches, strict=False
-        ):  # an epoch: each good sample has its place
+        for _, batch in zip(range(-(-len(dataset) // 64)), batches, strict=False):  # an epoch: each good sample has its place
             assert batch.arrays["image"].shape == (64, 8, 8, 3)
             shards = (dataset.starts.searchsorted(batch.ids, "right") - 1).tolist()
             keys = (r.key for r in read_samples(dataset, batch.ids, Want(image=False)) if isinstance(r, Record))

@@ -23,9 +23,7 @@ def store(tmp_path: Path) -> str:
     """Four shards of six samples in a store of fsspec."""
     memory, folder = fsspec.filesystem("memory"), f"/{tmp_path.name}"
     for shard in range(4):
-        memory.pipe(
-            f"{folder}/{shard:04d}.tar", tar_bytes([m for n in range(6 * shard, 6 * shard + 6) for m in members(n)])
-        )
+        memory.pipe(f"{folder}/{shard:04d}.tar", tar_bytes([m for n in range(6 * shard, 6 * shard + 6) for m in members(n)]))
     return f"memory:/{folder}"
 
 
@@ -70,9 +68,7 @@ def test_the_least_recently_used_goes_first(store: str, tmp_path: Path) -> None:
     for shard in (shards[0], shards[1], shards[0], shards[2]):
         os.close(open_shard(shard, small))
         time.sleep(0.02)
-    names = {
-        cache.digest(f"{s} {size} {version}") for s in (shards[0], shards[2]) for size, version in [cache.stamp(s)]
-    }
+    names = {cache.digest(f"{s} {size} {version}") for s in (shards[0], shards[2]) for size, version in [cache.stamp(s)]}
     assert {f.stem for f in (tmp_path / "shards").glob("*.tar")} == names
 
 

@@ -1,4 +1,5 @@
 """Classes, halves that share none, groups above them, and the balanced order, against lists made by hand."""
+
 import collections
 from pathlib import Path
 
@@ -9,7 +10,13 @@ from shards import Letters, members, number_of, options, tar_bytes
 from jaxvl.data.balanced import Balanced
 from jaxvl.data.stream import eval_batches, open_data, train_batches
 
-TREE = {"ant": ["animal", "insect"], "bee": ["animal", "insect"], "cat": ["animal", "mammal"], "oak": ["plant", "tree"], "fern": ["plant", "insect"]}
+TREE = {
+    "ant": ["animal", "insect"],
+    "bee": ["animal", "insect"],
+    "cat": ["animal", "mammal"],
+    "oak": ["plant", "tree"],
+    "fern": ["plant", "insect"],
+}
 NAMES = sorted(TREE)  # ant bee cat fern oak
 
 

@@ -1,4 +1,5 @@
 """The published folders of Fashion-200k, Fashion-IQ and UT-Zap50k, as small as they can be, through shards to triplets."""
+
 import io
 import json
 
@@ -23,7 +24,12 @@ def opened(folder, part, **options):
 
 
 def test_fashion200k(tmp_path, capsys):
-    captions = {"women/dresses/1/a_0.jpeg": "black lace dress", "women/dresses/2/b_0.jpeg": "white lace dress", "women/dresses/3/c_0.jpeg": "red no. top", "gone.jpeg": "red top"}
+    captions = {
+        "women/dresses/1/a_0.jpeg": "black lace dress",
+        "women/dresses/2/b_0.jpeg": "white lace dress",
+        "women/dresses/3/c_0.jpeg": "red no. top",
+        "gone.jpeg": "red top",
+    }
     for i, name in enumerate(captions):
         if name != "gone.jpeg":
             picture(tmp_path / "raw" / name, i)
@@ -53,7 +59,10 @@ def test_fashioniq(tmp_path):
     for i, category in enumerate(("dress", "shirt", "toptee")):
         keys = [f"B{i}{n}" for n in range(3)]
         (raw / f"image_splits/split.{category}.val.json").write_text(json.dumps(keys))
-        pairs = [{"candidate": keys[0], "target": keys[1], "captions": ["is longer", "is red"]}, {"candidate": keys[1], "target": keys[2], "captions": ["x", "y"]}]
+        pairs = [
+            {"candidate": keys[0], "target": keys[1], "captions": ["is longer", "is red"]},
+            {"candidate": keys[1], "target": keys[2], "captions": ["x", "y"]},
+        ]
         (raw / f"captions/cap.{category}.val.json").write_text(json.dumps(pairs))
         (raw / f"image_attributes/asin2attr.{category}.val.json").write_text(json.dumps({keys[0]: [["Long Sleeve", "red"], [], ["Red"]]}))
         for n, key in enumerate(keys[: 2 if category == "shirt" else 3]):

@@ -79,7 +79,9 @@ def test_a_canvas_resized_on_the_device_is_the_hosts_crop(size, orientation, kin
         x0, y0, x1, y1, width, height = frame
         assert 0 <= x0 < 1 and 0 <= y0 < 1 and width - 1 < x1 <= width and height - 1 < y1 <= height
         got = resize_on_device(canvas[None], frame[None], 32)[0]
-        assert psnr(got, decode_train(data, OPTIONS, draws(seed))) > (50 if max(size) < (80 if kind == "JPEG" else 60) else 38)  # a larger one comes averaged
+        assert psnr(got, decode_train(data, OPTIONS, draws(seed))) > (
+            50 if max(size) < (80 if kind == "JPEG" else 60) else 38
+        )  # a larger one comes averaged
 
 
 def test_dct_scaling_is_chosen_by_what_is_left(monkeypatch):
@@ -284,7 +286,15 @@ def test_threads_and_later_calls_leave_a_result_alone():
 
 @pytest.mark.parametrize(
     "change",
-    [{"crop_scale": (0, 1)}, {"crop_scale": (0.5, 1.1)}, {"crop_ratio": (2, 1)}, {"fit": "pad"}, {"dct_margin": 0}, {"size": 0}, {"min_side": 0}],
+    [
+        {"crop_scale": (0, 1)},
+        {"crop_scale": (0.5, 1.1)},
+        {"crop_ratio": (2, 1)},
+        {"fit": "pad"},
+        {"dct_margin": 0},
+        {"size": 0},
+        {"min_side": 0},
+    ],
 )
 def test_senseless_options_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):

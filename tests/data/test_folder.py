@@ -1,4 +1,5 @@
 """A folder of images as a source: what it holds, in which order, and what is said of a folder that will not do."""
+
 from pathlib import Path
 
 import numpy as np

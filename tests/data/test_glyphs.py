@@ -1,4 +1,5 @@
 """The embedded set: same bytes every time, disjoint parts, whole and true pictures, captions that say what is drawn."""
+
 import io
 import itertools
 import json
@@ -42,7 +43,22 @@ def every() -> dict[str, list[glyphs.Glyph]]:
 
 
 def test_samples_have_the_layout_of_a_webdataset(written: dict) -> None:
-    fields = {"set", "class", "hierarchy", "captions", "codepoint", "font", "style", "weight", "slant", "licence", "credit", "source", "width", "height"}
+    fields = {
+        "set",
+        "class",
+        "hierarchy",
+        "captions",
+        "codepoint",
+        "font",
+        "style",
+        "weight",
+        "slant",
+        "licence",
+        "credit",
+        "source",
+        "width",
+        "height",
+    }
     for key, sample in (item for part in written.values() for item in part.items()):
         assert list(sample) == ["png", "txt", "json"] and "." not in key
         meta = sample["json"]
@@ -55,7 +71,9 @@ def test_samples_have_the_layout_of_a_webdataset(written: dict) -> None:
 
 
 def test_same_arguments_same_bytes_and_a_seed_makes_another_set(tmp_path: Path) -> None:
-    write = lambda name, **kw: {p.name: p.read_bytes() for p in (tmp_path / name, glyphs.write_shards(tmp_path / name, "val", 60, **kw))[0].iterdir()}
+    write = lambda name, **kw: {
+        p.name: p.read_bytes() for p in (tmp_path / name, glyphs.write_shards(tmp_path / name, "val", 60, **kw))[0].iterdir()
+    }
     assert write("a") == write("b")
     assert set(write("a")) == {"val-0000.tar", "val-triplets.jsonl"}
     assert write("a") != write("c", seed=1) and write("a") != write("d", pixels=32)

@@ -1,4 +1,5 @@
 """Masks of COCO's layout against the slow and obvious: a point in a polygon, runs one pixel at a time."""
+
 import json
 
 import numpy as np

@@ -1,4 +1,5 @@
 """Published layouts as tiny made-up trees: what is written, what is missing, and that it can be trained on."""
+
 import json
 
 import pytest
@@ -62,12 +63,21 @@ def test_inaturalist_with_and_without_its_taxonomy(tmp_path, capsys):
 def test_products_and_folders(tmp_path):
     root = tmp_path / "sop"
     put(root, ["bicycle_final/1_0.JPG", "chair_final/2_0.JPG"])
-    (root / "Ebay_test.txt").write_text("image_id class_id super_class_id path\n1 11319 1 bicycle_final/1_0.JPG\n2 11320 4 chair_final/2_0.JPG\n")
-    assert [r[1:] for r in written(root, tmp_path / "test", "sop", "test")[0]] == [("11319", ["bicycle", "11319"]), ("11320", ["chair", "11320"])]
+    (root / "Ebay_test.txt").write_text(
+        "image_id class_id super_class_id path\n1 11319 1 bicycle_final/1_0.JPG\n2 11320 4 chair_final/2_0.JPG\n"
+    )
+    assert [r[1:] for r in written(root, tmp_path / "test", "sop", "test")[0]] == [
+        ("11319", ["bicycle", "11319"]),
+        ("11320", ["chair", "11320"]),
+    ]
     tree = tmp_path / "birds"
     put(tree, ["gulls/001.A/x.jpg", "gulls/002.B/y.png", "owls/001.A/z.jpg", "loose.jpg"])
     rows, _ = written(tree, tmp_path / "birds_out", "folders")
-    assert [r[1:] for r in rows] == [("gulls/001.A", ["gulls", "gulls/001.A"]), ("gulls/002.B", ["gulls", "gulls/002.B"]), ("owls/001.A", ["owls", "owls/001.A"])]
+    assert [r[1:] for r in rows] == [
+        ("gulls/001.A", ["gulls", "gulls/001.A"]),
+        ("gulls/002.B", ["gulls", "gulls/002.B"]),
+        ("owls/001.A", ["owls", "owls/001.A"]),
+    ]
     for words, call in (
         ("layout 'cub' is none of", lambda: make_classes("cub", tree, tmp_path / "x", "train", 3)),
         ("is written whole", lambda: make_classes("folders", tree, tmp_path / "x", "second", 3)),

@@ -1,4 +1,5 @@
 """Words of a tokenizer, kept and checked; captions in a prompt as one string; what prompts share, and what joins with it."""
+
 import json
 
 import numpy as np
@@ -116,7 +117,10 @@ def test_the_list_is_kept_and_a_mismatch_is_told(bpe, tmp_path):
     again = load_tokenizer(OPTIONS, tmp_path)
     np.testing.assert_array_equal(again.lexicon.ids, bpe.lexicon.ids)
     assert (again.lexicon.sha256, again.prompt) == (bpe.lexicon.sha256, bpe.prompt)
-    for change, message in ((dict(lexicon="all"), "config.tokenizer.lexicon is 'all', but this run's codebooks are of the"), (dict(lexicon_min_count=3), "lexicon_min_count is 3")):
+    for change, message in (
+        (dict(lexicon="all"), "config.tokenizer.lexicon is 'all', but this run's codebooks are of the"),
+        (dict(lexicon_min_count=3), "lexicon_min_count is 3"),
+    ):
         with pytest.raises(ValueError, match=message):
             load_tokenizer(OPTIONS._replace(**change), tmp_path)
     file = tmp_path / lexicon.FILE

@@ -34,9 +34,7 @@ def test_permute_is_uniform_over_keys(size: int) -> None:
         seen = np.bincount(permute(np.full(len(keys), place), np.full(len(keys), size), keys), minlength=size)
         expected = len(keys) / size
         assert ((seen - expected) ** 2 / expected).sum() < size - 1 + 5 * np.sqrt(2 * size) + 5
-    step = permute(np.full(len(keys), 1), np.full(len(keys), size), keys) - permute(
-        np.full(len(keys), 0), np.full(len(keys), size), keys
-    )
+    step = permute(np.full(len(keys), 1), np.full(len(keys), size), keys) - permute(np.full(len(keys), 0), np.full(len(keys), size), keys)
     assert abs((step > 0).mean() - 0.5) < 5 * 0.5 / np.sqrt(len(keys))
 
 
@@ -87,9 +85,7 @@ def test_groups_are_read_one_after_the_other(counts: list[int], group: int, seed
 
 def test_epochs_and_seeds_differ() -> None:
     counts = np.full(8, 50)
-    orders = [
-        np.stack(sample_order(seed, counts, 4).at(np.arange(400) + 400 * epoch)) for seed in (0, 1) for epoch in (0, 1)
-    ]
+    orders = [np.stack(sample_order(seed, counts, 4).at(np.arange(400) + 400 * epoch)) for seed in (0, 1) for epoch in (0, 1)]
     for a, b in itertools.combinations(orders, 2):
         assert (a == b).all(0).mean() < 0.05
 

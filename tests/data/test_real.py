@@ -1,4 +1,5 @@
 """Small real sets, where JAXVL_DATA_DIR has them: folders of tar shards, with PART-triplets.jsonl beside some."""
+
 import json
 import os
 from pathlib import Path

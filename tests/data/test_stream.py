@@ -37,9 +37,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder, first = tmp_path_factory.mktemp("broken"), 0
     for shard, count in enumerate(COUNTS):
         entries = [m for n in range(first, first + count) for m in members(n)]
-        entries = [
-            (name, b"no image" if name.endswith("png") and int(name[:6]) in BROKEN else data) for name, data in entries
-        ]
+        entries = [(name, b"no image" if name.endswith("png") and int(name[:6]) in BROKEN else data) for name, data in entries]
         (folder / f"{shard:04d}.tar").write_bytes(tar_bytes(entries))
         first += count
     return str(folder)
@@ -94,9 +92,7 @@ def test_what_a_batch_holds(shards: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(tokens, Letters().encode_batch([f"number {n}" for n in numbers]))
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"captions": "random", "label": "class", "threads": 5, "chunk": 1, "group_shards": 0}]
-)
+@pytest.mark.parametrize("changes", [{}, {"captions": "random", "label": "class", "threads": 5, "chunk": 1, "group_shards": 0}])
 def test_hosts_threads_and_pieces_do_not_matter(broken: str, tmp_path: Path, changes: dict) -> None:
     dataset = open_data(options(broken, tmp_path, **changes))
     alone = take(train_batches(dataset, Letters(), seed=4, start=6, batch_size=12), 6)
@@ -105,8 +101,7 @@ def test_hosts_threads_and_pieces_do_not_matter(broken: str, tmp_path: Path, cha
         edges = [12 * h // hosts for h in range(hosts + 1)]
         other = open_data(options(broken, tmp_path, **changes | {"chunk": 4, "threads": 1}))
         parts = [
-            take(train_batches(other, Letters(), seed=4, start=6, batch_size=12, rows=(a, b)), 6)
-            for a, b in itertools.pairwise(edges)
+            take(train_batches(other, Letters(), seed=4, start=6, batch_size=12, rows=(a, b)), 6) for a, b in itertools.pairwise(edges)
         ]
         assert_same(glued(parts), alone)
 
@@ -145,17 +140,11 @@ def test_workers_outlive_a_sigterm_but_not_their_parent(shards: str, tmp_path: P
     script = tmp_path / "orphans.py"
     script.write_text(ORPHANS)
     where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    run = subprocess.run(
-        [sys.executable, script, shards, tmp_path], env=where, capture_output=True, text=True, timeout=240, check=False
-    )
+    run = subprocess.run([sys.executable, script, shards, tmp_path], env=where, capture_output=True, text=True, timeout=240, check=False)
     assert run.returncode == -9 and run.stdout.split(), run.stderr
     left = {int(pid) for pid in run.stdout.split()}
     for _ in range(100):
-        left = {
-            pid
-            for pid in left
-            if Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
-        }
+        left = {pid for pid in left if Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]}
         if not left:
             return
         time.sleep(0.1)
@@ -164,9 +153,7 @@ def test_workers_outlive_a_sigterm_but_not_their_parent(shards: str, tmp_path: P
 
 def test_resume_at_every_batch(broken: str, tmp_path: Path) -> None:
     dataset = open_data(options(broken, tmp_path, captions="random"))
-    assert_resumes_everywhere(
-        lambda start: train_batches(dataset, Letters(), seed=1, start=start, batch_size=11), 11, 8
-    )
+    assert_resumes_everywhere(lambda start: train_batches(dataset, Letters(), seed=1, start=start, batch_size=11), 11, 8)
 
 
 def test_resume_of_a_mixture(shards: str, broken: str, tmp_path: Path) -> None:
@@ -205,9 +192,7 @@ def test_substitutes_and_their_account(broken: str, tmp_path: Path) -> None:
 
 
 def test_too_many_bad_samples_stop_the_run(broken: str, tmp_path: Path) -> None:
-    batches = train_batches(
-        open_data(options(broken, tmp_path, max_bad_rate=0.05)), Letters(), seed=0, start=0, batch_size=30
-    )
+    batches = train_batches(open_data(options(broken, tmp_path, max_bad_rate=0.05)), Letters(), seed=0, start=0, batch_size=30)
     with pytest.raises(BadData, match=r"(?s)above data.max_bad_rate=0.05.*notimage.*0000.tar") as error:
         for number, _ in enumerate(batches):
             assert number < 60
@@ -242,11 +227,7 @@ def test_nothing_but_bad_samples_is_an_error_not_a_loop(tmp_path: Path) -> None:
 
 def test_errors_in_workers_are_the_readers_own(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
-    path.write_bytes(
-        tar_bytes(
-            [(name, b"no image" if name.endswith("png") else data) for n in range(9) for name, data in members(n)]
-        )
-    )
+    path.write_bytes(tar_bytes([(name, b"no image" if name.endswith("png") else data) for n in range(9) for name, data in members(n)]))
     dataset = open_data(options(str(path), tmp_path, max_bad_rate=1.0, workers=1))
     with pytest.raises(BadData, match="16 substitutes"):
         next(train_batches(dataset, Letters(), seed=0, start=0, batch_size=4))
@@ -264,11 +245,7 @@ def test_a_shard_that_changes_under_the_run(tmp_path: Path) -> None:
 def test_choice_of_captions(shards: str, tmp_path: Path, how: str) -> None:
     dataset = open_data(options(shards, tmp_path, captions=how))
     batches = take(train_batches(dataset, Letters(), seed=0, start=0, batch_size=30), 8)
-    chosen = [
-        (bytes(row[row > 0].tolist()).decode(), n)
-        for b in batches
-        for row, n in zip(b.arrays["tokens"], b.ids, strict=True)
-    ]
+    chosen = [(bytes(row[row > 0].tolist()).decode(), n) for b in batches for row, n in zip(b.arrays["tokens"], b.ids, strict=True)]
     long = [text.startswith("also") for text, _ in chosen]
     assert all(text.split()[1].startswith(str(n)[:4]) for text, n in chosen)
     assert np.mean(long) == {"first": 0, "longest": 1}.get(how) or (how == "random" and 0.3 < np.mean(long) < 0.7)
@@ -289,9 +266,7 @@ def test_captions_in_a_field(tmp_path: Path) -> None:
 
 def test_images_without_captions_and_number_labels(tmp_path: Path) -> None:
     entries = [
-        (f"{n}.{e}", data)
-        for n in range(6)
-        for e, data in (("webp", picture(n, "WEBP", lossless=True)), ("cls", b"%d\n" % (n + 40)))
+        (f"{n}.{e}", data) for n in range(6) for e, data in (("webp", picture(n, "WEBP", lossless=True)), ("cls", b"%d\n" % (n + 40)))
     ]
     (tmp_path / "x.tar").write_bytes(tar_bytes([*entries, ("6.webp", picture(6))]))
     dataset = open_data(options(str(tmp_path / "x.tar"), tmp_path, captions="none", label="cls"))
@@ -306,10 +281,7 @@ def test_images_without_captions_and_number_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_evaluation_has_every_good_sample_once_in_order(broken: str, tmp_path: Path, hosts: int) -> None:
     dataset, edges = open_data(options(broken, tmp_path, label="class")), [8 * h // hosts for h in range(hosts + 1)]
-    parts = [
-        list(eval_batches(dataset, Letters(), batch_size=8, rows=(a, b), captions=3))
-        for a, b in itertools.pairwise(edges)
-    ]
+    parts = [list(eval_batches(dataset, Letters(), batch_size=8, rows=(a, b), captions=3)) for a, b in itertools.pairwise(edges)]
     batches = glued(parts)
     assert len(batches) == 4
     whole = {k: np.concatenate([b.arrays[k] for b in batches]) for k in batches[0].arrays}
@@ -317,11 +289,7 @@ def test_evaluation_has_every_good_sample_once_in_order(broken: str, tmp_path: P
     assert ids[whole["valid"]].tolist() == good and (ids[~whole["valid"]] == -1).all() and len(ids) == 32
     assert [number_of(p) for p in whole["image"][whole["valid"]]] == good
     assert whole["captions"].tolist() == [2 if n in good else 0 for n in range(32)]
-    texts = (
-        Letters()
-        .encode_batch([t for n in good for t in (f"number {n}", f"also {n} in more words")])
-        .reshape(len(good), 2, -1)
-    )
+    texts = Letters().encode_batch([t for n in good for t in (f"number {n}", f"also {n} in more words")]).reshape(len(good), 2, -1)
     np.testing.assert_array_equal(whole["tokens"][whole["valid"], :2], texts)
     assert not whole["tokens"][:, 2].any() and not whole["tokens"][~whole["valid"]].any()
     assert whole["label"][whole["valid"]].tolist() == [n % 3 for n in good]

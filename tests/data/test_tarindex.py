@@ -38,14 +38,8 @@ def good_keys(index) -> list[str]:
     return [index.key(row) for row in range(index.pairs)]
 
 
-names = st.text(
-    st.characters(codec="utf-8", exclude_characters="\0/", exclude_categories=("Cs",)), min_size=1, max_size=150
-)
-paths = (
-    st.lists(names.filter(lambda n: n not in (".", "..")), min_size=1, max_size=3)
-    .map("/".join)
-    .filter(lambda n: not n.endswith("/"))
-)
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0/", exclude_categories=("Cs",)), min_size=1, max_size=150)
+paths = st.lists(names.filter(lambda n: n not in (".", "..")), min_size=1, max_size=3).map("/".join).filter(lambda n: not n.endswith("/"))
 
 
 @given(
@@ -128,9 +122,7 @@ def test_stems_with_dots() -> None:
         *members(4, "b"),
         ("b.depth.png", b"?"),
     ]
-    tar = tar_bytes(
-        [*entries, ("c.bin", picture(5)), ("c.png", picture(6)), ("c.txt", b"sees c.png"), ("c.jpg", b"later")]
-    )
+    tar = tar_bytes([*entries, ("c.bin", picture(5)), ("c.png", picture(6)), ("c.txt", b"sees c.png"), ("c.jpg", b"later")])
     index = index_of(tar)
     assert good_keys(index) == ["a", "a", "a", "b", "c"] and not len(index.bad)
     images = [tar[int(r["image_at"]) :][: int(r["image_size"])] for r in index.rows]
@@ -140,9 +132,7 @@ def test_stems_with_dots() -> None:
 
 def test_images_without_captions_follow_the_pairs() -> None:
     index = index_of(
-        tar_bytes(
-            [("a.jpg", b"\xff\xd8\xff"), *members(1), ("b.jpg", b"x"), ("b.txt", b""), ("c.jpg", b"x"), ("c.cls", b"3")]
-        )
+        tar_bytes([("a.jpg", b"\xff\xd8\xff"), *members(1), ("b.jpg", b"x"), ("b.txt", b""), ("c.jpg", b"x"), ("c.cls", b"3")])
     )
     assert index.pairs == 1 and [index.key(r) for r in range(len(index.rows))] == ["000001", "a", "b", "c"]
     assert index.rows["cls_size"].tolist() == [0, 0, 0, 1]

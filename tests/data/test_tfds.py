@@ -66,19 +66,12 @@ def test_every_sample_with_its_label(prepared: Path, tmp_path: Path) -> None:
     assert [n % 2 for n in numbers] == batches[0].arrays["label"][batches[0].arrays["valid"]].tolist()
     texts = Letters().encode_batch([f"number {n}" for n in numbers])
     np.testing.assert_array_equal(batches[0].arrays["tokens"][batches[0].arrays["valid"], 0], texts)
-    ids = np.concatenate(
-        [
-            b.ids
-            for b, _ in zip(train_batches(dataset, Letters(), seed=0, start=0, batch_size=5), range(2), strict=False)
-        ]
-    )
+    ids = np.concatenate([b.ids for b, _ in zip(train_batches(dataset, Letters(), seed=0, start=0, batch_size=5), range(2), strict=False)])
     assert len(set(ids.tolist())) >= 9
     assert "tensorflow" not in sys.modules
 
 
-@pytest.mark.parametrize(
-    ("caption", "first"), [("captions.text", "one"), ("label", ("cat", "dog")), ("caption", "number")]
-)
+@pytest.mark.parametrize(("caption", "first"), [("captions.text", "one"), ("label", ("cat", "dog")), ("caption", "number")])
 def test_captions_from_any_feature(prepared: Path, tmp_path: Path, caption: str, first: str | tuple[str, ...]) -> None:
     pattern = f"tfds://toy/train[:50%]?dir={prepared.parent.parent}&caption={caption}"
     records = [r for r in read_samples(open_data(options(pattern, tmp_path)), range(5)) if hasattr(r, "captions")]
@@ -120,8 +113,19 @@ def metric_learning_set(called: str, folder: Path) -> Path:
     Image.new("L", (12, 9)).save(mask, "PNG")
 
     def example(n: int) -> dict:
-        values = {"label": n % 4, "class_id": 9 + n % 4, "super_class_id": 1 + n % 4 // 2, "super_class_id/num": n % 4 // 2, "bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0)}
-        values |= {"image": io.BytesIO(picture(n)), "image/filename": f"{n}.jpg", "label_name": "", "segmentation_mask": io.BytesIO(mask.getvalue())}
+        values = {
+            "label": n % 4,
+            "class_id": 9 + n % 4,
+            "super_class_id": 1 + n % 4 // 2,
+            "super_class_id/num": n % 4 // 2,
+            "bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0),
+        }
+        values |= {
+            "image": io.BytesIO(picture(n)),
+            "image/filename": f"{n}.jpg",
+            "label_name": "",
+            "segmentation_mask": io.BytesIO(mask.getvalue()),
+        }
         return {k: values[k] for k in kinds}
 
     class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):

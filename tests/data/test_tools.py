@@ -47,18 +47,21 @@ def test_index_check_record(shards: str, tmp_path: Path, capsys: pytest.CaptureF
         "undecodable": ["9"],
     }
     dataset = open_data(options(shards, tmp_path, max_bad_rate=0.5))
-    assert len(dataset) == 6 and [
-        number_of(p) for b in eval_batches(dataset, Letters(), batch_size=6) for p in b.arrays["image"]
-    ] == [0, 1, 2, 3, 2, 5]
+    assert len(dataset) == 6 and [number_of(p) for b in eval_batches(dataset, Letters(), batch_size=6) for p in b.arrays["image"]] == [
+        0,
+        1,
+        2,
+        3,
+        2,
+        5,
+    ]
     tools.index([shards], **where)
     assert json.loads(capsys.readouterr().out)["reasons"] == check["reasons"]
     tools.index([shards], rebuild=True, **where)
     assert json.loads(capsys.readouterr().out) == index, "a rebuilt index knows nothing of what was recorded"
 
 
-def test_tables_for_people(
-    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tables_for_people(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     tools.check([shards], cache=str(tmp_path / "cache"))
     out = capsys.readouterr().out

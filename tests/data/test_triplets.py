@@ -1,4 +1,5 @@
 """Triplets as training samples: the order contract, pairs among them, missing images, texts of one change, and drawn siblings."""
+
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +49,13 @@ def test_a_sample_is_a_function_of_seed_and_number(glyphs):
     """Any cut of the batch over hosts, any start and any number of threads give the same rows."""
     whole = take(glyphs, 4, start=0, batch_size=12)
     halves = [take(glyphs, 4, start=0, batch_size=12, rows=rows) for rows in ((0, 5), (5, 12))]
-    same(whole, {k: np.concatenate([np.concatenate([halves[0][k][5 * i : 5 * i + 5], halves[1][k][7 * i : 7 * i + 7]]) for i in range(4)]) for k in whole})
+    same(
+        whole,
+        {
+            k: np.concatenate([np.concatenate([halves[0][k][5 * i : 5 * i + 5], halves[1][k][7 * i : 7 * i + 7]]) for i in range(4)])
+            for k in whole
+        },
+    )
     same({k: v[24:] for k, v in whole.items()}, take(glyphs, 2, start=24, batch_size=12))
     threaded = open_data(GLYPHS._replace(threads=3, chunk=5))
     same(whole, take(threaded, 4, start=0, batch_size=12))
@@ -81,7 +88,9 @@ def test_missing_images_are_listed_and_not_fatal(glyphs, tmp_path):
     found = open_data(GLYPHS._replace(triplets=str(path)))
     assert found.triplets.number == 1
     assert sorted((b.shard, b.key, b.reason) for b in found.bad) == [(str(path), "gone", "missing"), (str(path), "gone too", "missing")]
-    texts = {how: open_data(GLYPHS._replace(triplets=str(path), triplet_text=how)).triplets for how in ("single", "joined", "joined_random")}
+    texts = {
+        how: open_data(GLYPHS._replace(triplets=str(path), triplet_text=how)).triplets for how in ("single", "joined", "joined_random")
+    }
     draw = lambda how, m, u: texts[how].draw(m, np.full(triplets.LANES, u))[2]
     assert [draw("single", m, 0.0) for m in (0, 1)] == ["is longer", "has dots"] and texts["single"].number == 2
     assert draw("joined", 0, 0.0) == draw("joined_random", 0, 0.9) == "is longer <and> has dots"
@@ -97,12 +106,26 @@ def test_missing_images_are_listed_and_not_fatal(glyphs, tmp_path):
 
 
 def test_siblings_are_drawn_from_captions():
-    captions = ["black lace dress", "white lace dress", "red top", "red red top", "blue jacket", None, "white lace dress", "dress lace white"]
+    captions = [
+        "black lace dress",
+        "white lace dress",
+        "red top",
+        "red red top",
+        "blue jacket",
+        None,
+        "white lace dress",
+        "dress lace white",
+    ]
     found = triplets.of_captions(captions, "substring", 2)
     assert found.number == 2 * 3 and found.alone.tolist() == [2, 3, 4, 5, 7], "the same words are no change"
     grid = np.random.default_rng(0).uniform(size=(40, triplets.LANES))
     seen = {found.draw(m, u) for m in range(6) for u in grid}
-    assert seen == {(0, 1, "replace black with white"), (0, 6, "replace black with white"), (1, 0, "replace white with black"), (6, 0, "replace white with black")}
+    assert seen == {
+        (0, 1, "replace black with white"),
+        (0, 6, "replace black with white"),
+        (1, 0, "replace white with black"),
+        (6, 0, "replace white with black"),
+    }
     assert set(found.texts) == {"replace black with white", "replace white with black"}
     boots = [("boots", "black"), ("boots", "brown"), ("shoes", "black"), ("hat", "green"), None]
     found = triplets.of_attributes(boots, 1)

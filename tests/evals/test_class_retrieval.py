@@ -1,4 +1,5 @@
 """Streamed metric-learning numbers against those of the whole score matrix."""
+
 import numpy as np
 import pytest
 

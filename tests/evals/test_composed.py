@@ -1,4 +1,5 @@
 """Composed retrieval against brute force: several targets, the reference left out, categories, protocols, text and image both ways."""
+
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,7 +64,12 @@ def world():
     pixels = np.stack([decode.decode_eval(r.image, decode_options(DATA)) for r in records])
     images = np.asarray(IMAGE({}, preprocess(jnp.asarray(pixels), None, AugmentOptions())))
     path = composed.files(ComposedOptions(source=SOURCE), dataset)[0]
-    return [r.key for r in records], [r.captions[0] for r in records], images, [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return (
+        [r.key for r in records],
+        [r.captions[0] for r in records],
+        images,
+        [json.loads(line) for line in Path(path).read_text().splitlines()],
+    )
 
 
 def brute(world, lines, gallery, ks, same_caption=False, exclude=True):
@@ -116,7 +122,9 @@ def test_protocols_and_categories(world, tmp_path):
         single = [{**t, "modification": m} for t in mine for m in t["modification"]]
         for name, value in brute(world, single, used, (1, 10)).items():
             assert values[f"val/val,single/{category}/{name}"] == pytest.approx(value, abs=1e-6), (category, name)
-    assert values["val/val,single/composed/r@10"] == pytest.approx(np.mean([values[f"val/val,single/{c}/composed/r@10"] for c in ("one", "two")]))
+    assert values["val/val,single/composed/r@10"] == pytest.approx(
+        np.mean([values[f"val/val,single/{c}/composed/r@10"] for c in ("one", "two")])
+    )
     assert values["val/missing"] == 1
     joined = [{**t, "modification": " <and> ".join(t["modification"])} for t in half]
     values, _ = run(show=0, triplets=str(path), gallery="val", ks=(1,))

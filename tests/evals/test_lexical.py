@@ -1,4 +1,5 @@
 """Sparse retrieval, the use of words and PatchDis, with a model whose vectors are known, against loops that count."""
+
 import json
 
 import jax
@@ -59,7 +60,9 @@ def method():
 def run(entries, mesh=MeshOptions(), tokenizer=None, **data):
     augment = AugmentOptions(mean=(0.0,) * 3, std=(1.0,) * 3)
     with jax.set_mesh(make_mesh(mesh, jax.devices()[: np.prod(mesh)])):
-        return evals.run(entries, method(), jnp.float32(1), tokenizer or Words(), DataOptions(image_size=SIDE, threads=1, workers=0, **data), augment)
+        return evals.run(
+            entries, method(), jnp.float32(1), tokenizer or Words(), DataOptions(image_size=SIDE, threads=1, workers=0, **data), augment
+        )
 
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "red green": (255, 200, 0), "never blue": (40, 0, 255)}
@@ -85,7 +88,12 @@ def folder(tmp_path_factory):
     big[8:, 16:] = (0, 0, 255)
     Image.fromarray(big).save(at / "corners.png")
     box = lambda x, y, w, h: [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    marks = [(1, box(0, 0, 16, 8)), (2, box(16, 0, 16, 8)), (3, box(0, 8, 16, 8)), (3, box(16, 8, 16, 4))]  # the third is red, and half of the last void
+    marks = [
+        (1, box(0, 0, 16, 8)),
+        (2, box(16, 0, 16, 8)),
+        (3, box(0, 8, 16, 8)),
+        (3, box(16, 8, 16, 4)),
+    ]  # the third is red, and half of the last void
     body = {
         "images": [{"id": 1, "file_name": "corners.png", "height": 16, "width": 32}], "categories": [{"id": i + 1, "name": NAMES[i]} for i in range(3)] + [{"id": 9, "name": "dark"}],
         "annotations": [{"id": i, "image_id": 1, "category_id": c, "area": 9 - i, "segmentation": s} for i, (c, s) in enumerate(marks)],
@@ -110,13 +118,25 @@ def test_lexical(folder, mesh):
     kept = [np.where(x > threshold, x, 0) for x in (s, t)]
     first = lambda x, k: np.where(np.argsort(np.argsort(-x, axis=1, kind="stable"), axis=1) < k, x, 0)
     for k in (1, 2):
-        for name, (a, b) in {"i2t/r@": kept, "dense/i2t_r@": (s, t), "top1/i2t_r@": (first(s, 1), first(t, 1)), "top3/i2t_r@": (first(s, 3), first(t, 3))}.items():
+        for name, (a, b) in {
+            "i2t/r@": kept,
+            "dense/i2t_r@": (s, t),
+            "top1/i2t_r@": (first(s, 1), first(t, 1)),
+            "top3/i2t_r@": (first(s, 3), first(t, 3)),
+        }.items():
             assert numbers[f"val/{name}{k}"] == pytest.approx(recall(a, b, k)), name
             assert numbers[f"val/{name}{k}".replace("i2t", "t2i")] == pytest.approx(recall(b, a, k)), name
     assert not any("top99" in name for name in numbers)
     for side, x in ("image", s), ("text", t):
         on, m = x > threshold, x.mean(0)
-        want = {"active": on.sum(1).mean(), "density": on.mean(), "sparsity": 1 - on.mean(), "ever_active": on.any(0).mean(), "most_used": on.mean(0).max(), "use_of_20": 1}
+        want = {
+            "active": on.sum(1).mean(),
+            "density": on.mean(),
+            "sparsity": 1 - on.mean(),
+            "ever_active": on.any(0).mean(),
+            "most_used": on.mean(0).max(),
+            "use_of_20": 1,
+        }
         assert {key: numbers[f"val/{side}_{key}"] for key in want} == pytest.approx(want)
         table = next(g for g in shown if g.title == f"val: most used words, {side}")
         assert [row[0] for row in table.rows] == [NAMES[j] for j in np.argsort(-m, kind="stable")]
@@ -124,7 +144,11 @@ def test_lexical(folder, mesh):
     captions = [{NAMES.index(w) for w in caption.split()} for caption in COLOURS]
     for start, wanted in ("", captions), ("other_", np.roll(captions, 2)):
         hits = [[j in mine for j in words] for mine, words in zip(listed, wanted, strict=True)]
-        for key, value in (("any", np.mean([any(h) for h in hits])), ("all", np.mean([all(h) for h in hits])), ("words", np.mean([np.mean(h) for h in hits]))):
+        for key, value in (
+            ("any", np.mean([any(h) for h in hits])),
+            ("all", np.mean([all(h) for h in hits])),
+            ("words", np.mean([np.mean(h) for h in hits])),
+        ):
             assert numbers[f"val/words@2/{start}{key}"] == pytest.approx(value)
     assert len([g for g in shown if not isinstance(g, Table)]) == 2
 

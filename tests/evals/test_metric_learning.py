@@ -1,4 +1,5 @@
 """Metric-learning numbers against their definitions, written out."""
+
 import itertools
 import math
 

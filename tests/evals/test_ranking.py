@@ -1,4 +1,5 @@
 """Ranks against a sort written out per query; the streamed route against the exact one, ties, blocks and devices."""
+
 import warnings
 
 import jax

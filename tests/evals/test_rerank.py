@@ -1,4 +1,5 @@
 """Re-ranking from shards to numbers with a method whose every score is known, against the same in plain numpy."""
+
 import io
 import itertools
 import json
@@ -136,7 +137,9 @@ def test_images_pass_in_tiles_that_fit(shard, tmp_path, monkeypatch):
     """An image is projected once, whatever fits; one that does not fit at all is refused."""
     sides: list[int] = []
     whole = rerank._image_side
-    monkeypatch.setattr(rerank, "_image_side", lambda params, batch, **more: sides.append(len(batch["image"])) or whole(params, batch, **more))
+    monkeypatch.setattr(
+        rerank, "_image_side", lambda params, batch, **more: sides.append(len(batch["image"])) or whole(params, batch, **more)
+    )
     entry = RerankOptions(source=shard, captions=3, ks=(1, 2, 5), k_test=4, batch_size=8, show=0)
     every, _ = run(entry, tmp_path)
     assert sides == [8, 8, 8]

@@ -1,4 +1,5 @@
 """Evaluations from shards to numbers and galleries, with a model whose right and wrong answers are known beforehand."""
+
 import io
 import json
 import tarfile
@@ -96,7 +97,9 @@ def test_retrieval_from_shards(shard: str, tmp_path: Path, mesh: MeshOptions) ->
 
 def test_folds_and_first_captions(shard: str, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="equal scores"):
-        values, galleries = run({"a": RetrievalOptions(source=shard, folds=4, show=0), "b": RetrievalOptions(source=shard, show=3)}, tmp_path)
+        values, galleries = run(
+            {"a": RetrievalOptions(source=shard, folds=4, show=0), "b": RetrievalOptions(source=shard, show=3)}, tmp_path
+        )
     assert values["a/t2i/r@1"] == values["b/t2i/r@1"] == pytest.approx(0.9)
     assert [len(g.queries) for g in galleries] == [3, 3]
 
@@ -139,8 +142,14 @@ def test_per_class_leaves_out_classes_without_images() -> None:
         (RetrievalOptions(source="SHARD", batch_size=0), r"evals.val: batch_size is 0"),
         (ZeroshotOptions(source="SHARD", templates=("a photo",)), r"evals.val: the prompt template 'a photo' must have one {}"),
         (ZeroshotOptions(source="SHARD", label="number"), r"evals.val: the labels in 'number' are numbers; set classes"),
-        (ZeroshotOptions(source="SHARD", classes=("1", "2")), r"evals.val: classes has 2 names, but 'class' has 3 values: blue, green, red"),
-        (ZeroshotOptions(source="SHARD", label="number", classes=("1", "2")), r"evals.val: 'number' holds the label 2, but classes has only 2"),
+        (
+            ZeroshotOptions(source="SHARD", classes=("1", "2")),
+            r"evals.val: classes has 2 names, but 'class' has 3 values: blue, green, red",
+        ),
+        (
+            ZeroshotOptions(source="SHARD", label="number", classes=("1", "2")),
+            r"evals.val: 'number' holds the label 2, but classes has only 2",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_named(shard: str, tmp_path: Path, entry: object, message: str) -> None:

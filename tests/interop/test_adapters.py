@@ -1,4 +1,5 @@
 """Runs that start from PEFT adapter folders and leave them: through the config, the first state, and `jaxvl export --format peft`."""
+
 import importlib.util
 import json
 import re
@@ -73,7 +74,9 @@ def test_a_run_starts_from_the_adapters_of_a_folder(imported, tokenizer, capsys)
     model = importing.read(imported / "bert").model
     want = peft.read(imported / "adapter", model, HALF)
     change = lambda a, b, options: lora.scale(options) * np.asarray(a, np.float64) @ np.asarray(b, np.float64)
-    np.testing.assert_allclose(change(got["a"], got["b"], parts.recipe.lora), change(want[f"text/{Q}/a"], want[f"text/{Q}/b"], HALF), atol=1e-6)
+    np.testing.assert_allclose(
+        change(got["a"], got["b"], parts.recipe.lora), change(want[f"text/{Q}/a"], want[f"text/{Q}/b"], HALF), atol=1e-6
+    )
     # What the folder lacks, two ranks of every layer and the whole first one, can still learn.
     np.testing.assert_array_equal(got["a"][..., 2:], fresh["a"][..., 2:])
     np.testing.assert_array_equal(got["a"][0], fresh["a"][0])
@@ -115,7 +118,9 @@ def test_export_of_two_published_models_and_of_one(imported, tokenizer, tmp_path
     assert "trained as well, and no part of an adapter folder: image/head/kernel, t, text/head/kernel" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not all(importlib.util.find_spec(name) for name in ("torch", "peft")), reason="torch and peft are not installed: pip install peft")
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("torch", "peft")), reason="torch and peft are not installed: pip install peft"
+)
 def test_peft_itself_makes_the_same_changes_to_the_same_modules(imported, tokenizer, tmp_path):
     from peft import PeftModel
     from transformers import AutoModel
@@ -125,10 +130,16 @@ def test_peft_itself_makes_the_same_changes_to_the_same_modules(imported, tokeni
     export.run(parts, found, "peft", tmp_path / "out")
     for name, source in (("image", "vit"), ("text", "bert")):
         adapted = PeftModel.from_pretrained(AutoModel.from_pretrained(HF / source), tmp_path / "out" / name)
-        theirs = {path: module.get_delta_weight("default").detach().numpy().T for path, module in adapted.base_model.model.named_modules() if hasattr(module, "lora_A")}
+        theirs = {
+            path: module.get_delta_weight("default").detach().numpy().T
+            for path, module in adapted.base_model.model.named_modules()
+            if hasattr(module, "lora_A")
+        }
         ours = found.state["lora"][name]["blocks"]
         for ending, (part, linear) in {"up": ("mlp", "up"), "down": ("mlp", "down"), "q": ("attn", "q"), "out": ("attn", "out")}.items():
-            modules = {"up": r"fc1|intermediate", "down": r"fc2|\.\d+\.output", "q": r"q_proj|query", "out": r"o_proj|attention\.output"}[ending]
+            modules = {"up": r"fc1|intermediate", "down": r"fc2|\.\d+\.output", "q": r"q_proj|query", "out": r"o_proj|attention\.output"}[
+                ending
+            ]
             a, b = ours[part][linear]["kernel"]["a"], ours[part][linear]["kernel"]["b"]
             want = lora.scale(parts.recipe.lora) * np.einsum("lir,lro->lio", a, b)
             got = [change for path, change in theirs.items() if re.search(modules, path)]

@@ -1,4 +1,5 @@
 """ALBEF and TCL checkpoints: in and out again with the same bytes, whichever names they have, and what is wrong told at once."""
+
 from pathlib import Path
 
 import jax
@@ -45,7 +46,11 @@ def test_in_and_out_again_bit_for_bit(tmp_path, name, without):
     wrapped = read(write(tmp_path / "wrapped.safetensors", {f"module.{k}": v for k, v in arrays.items()}))
     jax.tree.map(np.testing.assert_array_equal, wrapped.params, found.params)
     params, memory = albef.split(found.params)
-    assert set(memory) <= set(albef.MEMORY) and ("teacher" in memory) == (without != "teacher") and ("image_queue" in memory) == (without != "queues")
+    assert (
+        set(memory) <= set(albef.MEMORY)
+        and ("teacher" in memory) == (without != "teacher")
+        and ("image_queue" in memory) == (without != "queues")
+    )
     assert found.prefix == ("bert." if name == "e2e_pretrain" else "")
     model, tree = albef.of_run(params, memory, found.model.image, found.model.text, found.model.image_size)
     assert model == found.model and jax.tree.structure(tree) == jax.tree.structure(found.params)
@@ -59,7 +64,9 @@ def test_the_layers_are_parted_between_text_and_fusion(tmp_path):
     assert params["text"]["blocks"]["attn"]["q"]["kernel"].shape[0] == params["fusion"]["blocks"]["cross"]["k"]["kernel"].shape[0] == 2
     for side, end in ((params, ""), (params["teacher"], "_m")):
         name = f"text_encoder{end}.bert.encoder.layer.3."
-        np.testing.assert_array_equal(side["fusion"]["blocks"]["cross"]["k"]["kernel"][1], arrays[f"{name}crossattention.self.key.weight"].T)
+        np.testing.assert_array_equal(
+            side["fusion"]["blocks"]["cross"]["k"]["kernel"][1], arrays[f"{name}crossattention.self.key.weight"].T
+        )
         np.testing.assert_array_equal(side["fusion"]["blocks"]["mlp"]["up"]["bias"][1], arrays[f"{name}intermediate.dense.bias"])
 
 
@@ -104,7 +111,11 @@ def test_a_run_is_exported_under_the_published_names(tmp_path, retrieval):
 
     arrays = state("e2e_retrieval" if retrieval else "e2e_pretrain")
     if retrieval:  # of the teacher, what the loss has a use for
-        arrays = {k: v for k, v in arrays.items() if not k.startswith("text_encoder_m.encoder.layer.2") and not k.startswith("text_encoder_m.encoder.layer.3")}
+        arrays = {
+            k: v
+            for k, v in arrays.items()
+            if not k.startswith("text_encoder_m.encoder.layer.2") and not k.startswith("text_encoder_m.encoder.layer.3")
+        }
     found = read(write(tmp_path / "in.safetensors", arrays))
     params, memory = albef.split(jax.tree.map(np.asarray, found.params))
     tower = lambda options: {**options._asdict(), "dtype": "float32"}

@@ -1,5 +1,6 @@
 """Runs of every shape that transformers has a class for, exported and read back by our importer and, where there is torch, by
 transformers itself; what has no class is refused, and what fails leaves nothing behind."""
+
 import importlib.util
 import json
 import sys
@@ -18,7 +19,9 @@ from jaxvl.models import lora
 
 SIZES = dict(variant="", width=16, depth=2, heads=2, mlp_dim=32, dtype="float32")
 CLIP = dict(image=dict(patch=8, pre_norm=True, act="quick_gelu"), text=dict(act="quick_gelu"))
-SIGLIP = dict(method=dict(name="siglip"), image=dict(patch=8, pool="map", class_tokens=0), text=dict(causal=False, mask_padding=False, pool="end"))
+SIGLIP = dict(
+    method=dict(name="siglip"), image=dict(patch=8, pool="map", class_tokens=0), text=dict(causal=False, mask_padding=False, pool="end")
+)
 BERT = dict(causal=False, pool="first", embed_norm=True, final_norm=False, post_norm=True, pooler=16, token_types=2, eps=1e-12)
 VIT_BERT = dict(image=dict(patch=8, pooler=16, eps=1e-12), text=BERT)
 DINO_BERT = dict(image=dict(patch=8, registers=2, layer_scale=0.1), text=BERT)
@@ -132,7 +135,13 @@ def test_what_transformers_cannot_express(sections, words, tokenizer, tmp_path):
 def test_a_model_that_differs_is_not_written(tokenizer, tmp_path, monkeypatch):
     parts, found = made(tokenizer, **CLIP)
     bent = hugging_face.write
-    monkeypatch.setattr(hugging_face, "write", lambda folder, what, dtype: bent(folder, what._replace(params={**what.params, "image": jax.tree.map(lambda x: x * 1.01, what.params["image"])}), dtype))
+    monkeypatch.setattr(
+        hugging_face,
+        "write",
+        lambda folder, what, dtype: bent(
+            folder, what._replace(params={**what.params, "image": jax.tree.map(lambda x: x * 1.01, what.params["image"])}), dtype
+        ),
+    )
     with pytest.raises(ValueError, match=r"differs from ours by more than 1e-04: .*nothing is written"):
         export.run(parts, found, "hf", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

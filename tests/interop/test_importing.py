@@ -1,4 +1,5 @@
 """`jaxvl import`: what it writes, and that a source which is not whole leaves one clear error and nothing else."""
+
 import json
 import shutil
 from pathlib import Path

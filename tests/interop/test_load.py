@@ -71,7 +71,11 @@ def test_original_dinov2_files_give_the_same_parameters(tmp_path, folder):
 
 def open_clip_names(tensors):
     """transformers' CLIP as open_clip writes it: joined attention, projections as [in, out] parameters."""
-    out = {"logit_scale": tensors["logit_scale"], "text_projection": tensors["text_projection.weight"].T, "visual.proj": tensors["visual_projection.weight"].T}
+    out = {
+        "logit_scale": tensors["logit_scale"],
+        "text_projection": tensors["text_projection.weight"].T,
+        "visual.proj": tensors["visual_projection.weight"].T,
+    }
     for name, value in tensors.items():
         side, prefix = ("vision_model", "visual.") if name.startswith("vision_model") else ("text_model", "")
         if not name.startswith(side) or "k_proj" in name or "v_proj" in name:
@@ -94,7 +98,9 @@ def open_clip_names(tensors):
 @pytest.mark.parametrize("prefix", ["", "text."])
 def test_open_clip_files_give_the_same_parameters(tmp_path, prefix):
     tensors = open_clip_names(tensors_of("clip"))
-    tensors = {(prefix if not name.startswith("visual.") and name != "logit_scale" else "") + name: value for name, value in tensors.items()}
+    tensors = {
+        (prefix if not name.startswith("visual.") and name != "logit_scale" else "") + name: value for name, value in tensors.items()
+    }
     config = {"model_cfg": {"embed_dim": 24, "quick_gelu": True,
                             "vision_cfg": {"image_size": 32, "layers": 3, "width": 48, "head_width": 12, "mlp_ratio": 2.0, "patch_size": 8},
                             "text_cfg": {"context_length": 12, "vocab_size": 120, "width": 32, "heads": 4, "layers": 2, "mlp_ratio": 2.0}}}  # fmt: skip
@@ -142,7 +148,10 @@ def test_interleaved_rows_rotate_as_metas_complex_pairs():
 
 def test_older_bert_files_load_and_what_is_no_weight_is_told(tmp_path):
     tensors = tensors_of("bert_mlm")
-    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value for name, value in tensors.items()}
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for name, value in tensors.items()
+    }
     old["bert.embeddings.position_ids"] = np.arange(64)[None]
     old["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
     old["cls.seq_relationship.weight"] = np.zeros((2, 32), np.float32)
@@ -160,7 +169,9 @@ def test_an_untied_word_head_keeps_both_its_biases(tmp_path):
     tensors["cls.predictions.decoder.bias"] = np.random.default_rng(1).standard_normal(101).astype(np.float32)
     got = load(written(tmp_path, tensors, "bert_mlm", tie_word_embeddings=False))
     states, embedding = np.ones((1, 32), np.float32), got.params["text"]["embed"]
-    run = lambda params: parts(got.model._replace(text=got.model.text._replace(dtype="float32")))["mlm"].apply({"params": params}, states, embedding)
+    run = lambda params: parts(got.model._replace(text=got.model.text._replace(dtype="float32")))["mlm"].apply(
+        {"params": params}, states, embedding
+    )
     np.testing.assert_allclose(run({**got.params["mlm"], "bias": got.params["mlm"]["bias"] + 1}), run(got.params["mlm"]) + 1, rtol=1e-4)
     np.testing.assert_array_equal(run({**got.params["mlm"], "spare_bias": 0 * got.params["mlm"]["spare_bias"]}), run(got.params["mlm"]))
     save(tmp_path / "back.safetensors", got.model, got.params)
@@ -174,7 +185,11 @@ def test_llama_tied_or_bare_and_a_classifying_vit(tmp_path):
     assert tied.model.head == "lm_tied" and set(tied.params) == {"text"} and tied.prefix == "model."
     with pytest.raises(Mismatch, match="untied: lm_head.weight differs"):
         load(written(tmp_path / "differs", {**tensors, "lm_head.weight": head}, "llama_mha", tie_word_embeddings=True))
-    same = load(written(tmp_path / "same", {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, "llama_mha", tie_word_embeddings=True))
+    same = load(
+        written(
+            tmp_path / "same", {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, "llama_mha", tie_word_embeddings=True
+        )
+    )
     assert same.dropped == ("lm_head.weight",)
     bare = load(written(tmp_path / "bare", {name.removeprefix("model."): value for name, value in tensors.items()}, "llama_mha"))
     assert bare.model.head == "none" and bare.prefix == ""
@@ -220,8 +235,15 @@ def test_tensors_go_straight_into_their_sharding_in_the_wanted_dtype():
     place = lambda tree: shardings(tree, RULES, mesh)
     split, whole = load(HF / "llama_gqa", dtype="bfloat16", place=place), load(HF / "llama_gqa")
     up = split.params["text"]["blocks"]["mlp"]["up"]["kernel"]
-    assert up.dtype == jnp.bfloat16 and up.sharding.spec == jax.P(None, "fsdp", "tensor") and up.addressable_shards[0].data.shape == (3, 16, 24)
-    equal(jax.tree.map(lambda x: np.asarray(x, np.float32), split.params), jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16), np.float32), whole.params))
+    assert (
+        up.dtype == jnp.bfloat16
+        and up.sharding.spec == jax.P(None, "fsdp", "tensor")
+        and up.addressable_shards[0].data.shape == (3, 16, 24)
+    )
+    equal(
+        jax.tree.map(lambda x: np.asarray(x, np.float32), split.params),
+        jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16), np.float32), whole.params),
+    )
 
 
 def test_bfloat16_files_round_trip_byte_for_byte(tmp_path):
@@ -233,7 +255,14 @@ def test_bfloat16_files_round_trip_byte_for_byte(tmp_path):
 
 
 def test_host_memory_stays_within_a_few_tensors(tmp_path):
-    config = {"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 512, "vocab_size": 256}
+    config = {
+        "model_type": "llama",
+        "hidden_size": 128,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "intermediate_size": 512,
+        "vocab_size": 256,
+    }
     model = describe(config, ["model.norm.weight", "lm_head.weight"])
     flat = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes(model))
     save(tmp_path / "model.safetensors", model, flat)

@@ -1,4 +1,5 @@
 """Adapter folders as PEFT writes them, against W + s B A of each layer; what is more than low-rank is refused."""
+
 import json
 
 import numpy as np
@@ -19,7 +20,11 @@ CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_pr
 def folder(path, config=CONFIG, ranks=(2, 2), infix="", extra=()):
     """q_proj of both layers with `ranks`, down_proj of layer 1 alone; returns s B A of each."""
     rng, values, change = np.random.default_rng(0), {}, {}
-    for module, out, wide, rank in (("layers.0.self_attn.q_proj", 8, 8, ranks[0]), ("layers.1.self_attn.q_proj", 8, 8, ranks[1]), ("layers.1.mlp.down_proj", 8, 12, 2)):
+    for module, out, wide, rank in (
+        ("layers.0.self_attn.q_proj", 8, 8, ranks[0]),
+        ("layers.1.self_attn.q_proj", 8, 8, ranks[1]),
+        ("layers.1.mlp.down_proj", 8, 12, 2),
+    ):
         a, b = rng.standard_normal((rank, wide)).astype(np.float32), rng.standard_normal((out, rank)).astype(np.float32)
         values |= {f"base_model.model.model.{module}.lora_A{infix}.weight": a, f"base_model.model.model.{module}.lora_B{infix}.weight": b}
         change[module] = b.astype(np.float64) @ a
@@ -61,7 +66,11 @@ def test_out_and_in_again_is_the_same(tmp_path):
     names = tensors.find(tmp_path / "out" / "adapter_model.safetensors")
     assert names["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"].shape == (2, 12)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["r"] == 2 and (config["base_model_name_or_path"], config["revision"]) == ("some/base", "v1") and "model.layers.0.self_attn.q_proj" in config["target_modules"]
+    assert (
+        config["r"] == 2
+        and (config["base_model_name_or_path"], config["revision"]) == ("some/base", "v1")
+        and "model.layers.0.self_attn.q_proj" in config["target_modules"]
+    )
 
 
 @pytest.mark.parametrize("config, extra, rank, words", [

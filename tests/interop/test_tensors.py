@@ -121,7 +121,11 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     path = tmp_path / "model.safetensors"
     with pytest.raises(RuntimeError):
         write(path, planned(TENSORS), failing())
-    for stream, words in (([("a.weight", TENSORS["d"])], "not as planned"), ([("a.weight", TENSORS["a.weight"])] * 2, "came twice"), ([], "never came: a.weight, b")):
+    for stream, words in (
+        ([("a.weight", TENSORS["d"])], "not as planned"),
+        ([("a.weight", TENSORS["a.weight"])] * 2, "came twice"),
+        ([], "never came: a.weight, b"),
+    ):
         with pytest.raises(ValueError, match=words):
             write(path, planned(TENSORS), stream)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
 """A whole method from an imported checkpoint or another run: parameters, teacher and queues, at another resolution."""
+
 from pathlib import Path
 
 import jax
@@ -87,11 +88,15 @@ def test_a_run_hands_over_everything_but_its_count_of_steps(imported, tokenizer,
         saver.save(5, first, {}, block=True)
     tower = lambda kind: {**importing.tower(imported, kind), "dtype": "float32"}
     (tmp_path / "run" / "config.json").write_text(configs.json.dumps({"image": tower("image"), "text": {**tower("text"), "vocab_size": 0}}))
-    shapes, leaves = planned(imported, tokenizer, init=dict(whole=str(tmp_path / "run"), skip=""), method=dict(ids=False), data=dict(image_size=64, id=""))
+    shapes, leaves = planned(
+        imported, tokenizer, init=dict(whole=str(tmp_path / "run"), skip=""), method=dict(ids=False), data=dict(image_size=64, id="")
+    )
     second = filled(shapes, leaves)
     assert int(second.memory["step"]) == -7 and int(second.memory["filled"]) == 24 and "id_queue" not in second.memory
     np.testing.assert_array_equal(second.params["text"]["embed"], first.params["text"]["embed"])
-    np.testing.assert_array_equal(second.memory["teacher"]["image"]["pos"], resize_table(np.asarray(first.memory["teacher"]["image"]["pos"]), 1, (8, 8), "bicubic"))
+    np.testing.assert_array_equal(
+        second.memory["teacher"]["image"]["pos"], resize_table(np.asarray(first.memory["teacher"]["image"]["pos"]), 1, (8, 8), "bicubic")
+    )
     same = ("text", "fusion", "image_proj", "itm", "mlm", "temperature")
     jax.tree.map(np.testing.assert_array_equal, {k: second.params[k] for k in same}, {k: first.params[k] for k in same})
 
@@ -101,7 +106,9 @@ def test_a_bert_is_parted_between_text_and_fusion_layers(tokenizer, tmp_path):
     bert = importing.read(tmp_path / "bert").model
     text = {**importing.tower(tmp_path / "bert", "text"), **FLAT, "depth": 1, "pooler": 0, "vocab_size": 0}
     image = dict(variant="", patch=8, width=16, depth=1, heads=2, mlp_dim=16, dtype="float32")
-    sections = dict(image=image, text=text, method=dict(fusion_depth=2), init=dict(whole="", text=str(tmp_path / "bert"), skip="embed$|mlm/bias$"))
+    sections = dict(
+        image=image, text=text, method=dict(fusion_depth=2), init=dict(whole="", text=str(tmp_path / "bert"), skip="embed$|mlm/bias$")
+    )
     recipe = dict(
         method=dict(name="tcl", width=16, fusion_depth=2, queue=24, scope="global"), tokenizer=dict(context_length=8, vocab_size=512),
         data=dict(source="x", image_size=16), train=dict(batch_size=8, steps=2),
@@ -114,11 +121,15 @@ def test_a_bert_is_parted_between_text_and_fusion_layers(tokenizer, tmp_path):
 
     whole = load.load(HF / "bert" / "model.safetensors").params["text"]["blocks"]
     for side in (after.params, after.memory["teacher"]):
-        got = jax.tree.map(lambda a, b: np.concatenate([a, b]), side["text"]["blocks"], {k: side["fusion"]["blocks"][k] for k in side["text"]["blocks"]})
+        got = jax.tree.map(
+            lambda a, b: np.concatenate([a, b]), side["text"]["blocks"], {k: side["fusion"]["blocks"][k] for k in side["text"]["blocks"]}
+        )
         jax.tree.map(np.testing.assert_array_equal, got, whole)
         assert (np.asarray(side["fusion"]["blocks"]["cross"]["k"]["kernel"]) == -7).all()
     if bert.head == "mlm_tied":
-        np.testing.assert_array_equal(after.params["mlm"]["transform"]["bias"], load.load(HF / "bert" / "model.safetensors").params["mlm"]["transform"]["bias"])
+        np.testing.assert_array_equal(
+            after.params["mlm"]["transform"]["bias"], load.load(HF / "bert" / "model.safetensors").params["mlm"]["transform"]["bias"]
+        )
     with pytest.raises(ValueError, match=r"config\.text\.depth is 2; .* was trained with 3"):
         parts = assembly.assemble(recipe._replace(text=recipe.text._replace(depth=2)), tokenizer)
         shapes = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))

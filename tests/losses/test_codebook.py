@@ -1,4 +1,5 @@
 """The codebook's terms against plain numpy, in value and gradient; scopes, diagnostics, edges, and every split."""
+
 from functools import partial
 
 import jax
@@ -160,7 +161,14 @@ def test_edges_give_finite_numbers(solver):
         return sum(codebook_terms(cosine, log_p, plan)), usage(cosine, log_p, plan)
 
     f = jax.jit(jax.value_and_grad(loss, (0, 2), has_aux=True))
-    for args in ((z, zeros, codes), (zeros, zeros, codes), (z, teacher, alike), (z, teacher, np.zeros_like(codes)), (z[:, :1], teacher[:, :1], codes), (z, teacher, codes[:1])):
+    for args in (
+        (z, zeros, codes),
+        (zeros, zeros, codes),
+        (z, teacher, alike),
+        (z, teacher, np.zeros_like(codes)),
+        (z[:, :1], teacher[:, :1], codes),
+        (z, teacher, codes[:1]),
+    ):
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(f(*args)))
     close(cosines(zeros, codes), 0)
 

@@ -1,4 +1,5 @@
 """Matching losses of composed retrieval against a loop over rows, and on the inputs that break hinge and mining."""
+
 import hypothesis
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,5 @@
 """Penalties and contrastive loss of lexical vectors: what they come to in cases worked out by hand, and against plain loops."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

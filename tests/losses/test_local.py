@@ -1,4 +1,5 @@
 """Local mutual information against its definition part by part."""
+
 import jax
 import numpy as np
 import pytest
@@ -29,7 +30,12 @@ def test_is_its_definition_also_without_some_parts(groups):
     rng = np.random.default_rng(0)
     g, l = rng.standard_normal((B, D)), rng.standard_normal((B, P, D))
     run = jax.jit(jax.value_and_grad(lambda g, l, tau, valid: local_information(g, l, tau, valid=valid, groups=groups), (0, 1, 2)))
-    for valid in (np.ones((B, P), bool), np.array([[1, 1, 0], [0, 0, 0], [1, 0, 1], [0, 1, 0]], bool), np.array([[1, 0, 0]] + [[0] * P] * 3, bool), np.zeros((B, P), bool)):
+    for valid in (
+        np.ones((B, P), bool),
+        np.array([[1, 1, 0], [0, 0, 0], [1, 0, 1], [0, 1, 0]], bool),
+        np.array([[1, 0, 0]] + [[0] * P] * 3, bool),
+        np.zeros((B, P), bool),
+    ):
         value, (dg, dl, dtau) = run(np.float32(g), np.float32(l), 0.5, valid)
         np.testing.assert_allclose(value, slow(g, l, 0.5, valid, groups), rtol=1e-5, atol=1e-6)
         assert np.isfinite(dg).all() and not dl.any() and np.isfinite(dtau)
@@ -59,7 +65,10 @@ def test_memory_is_that_of_one_logit_a_pair_and_part():
 def test_patches_are_pooled_row_by_row():
     tokens = np.arange(2 * 24 * 1.0).reshape(2, 24, 1)
     got = pool_grid(tokens, (4, 6), 2)
-    want = [[np.mean([24 * b + 6 * r + c for r in (2 * i, 2 * i + 1) for c in range(3 * j, 3 * j + 3)]) for i in (0, 1) for j in (0, 1)] for b in (0, 1)]
+    want = [
+        [np.mean([24 * b + 6 * r + c for r in (2 * i, 2 * i + 1) for c in range(3 * j, 3 * j + 3)]) for i in (0, 1) for j in (0, 1)]
+        for b in (0, 1)
+    ]
     np.testing.assert_allclose(got[:, :, 0], want)
     with pytest.raises(ValueError, match=r"4 x 6 patches do not pool to 4 x 4: config.method.pool_grid"):
         pool_grid(tokens, (4, 6), 4)

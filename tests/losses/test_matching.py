@@ -1,4 +1,5 @@
 """Hard negatives: drawn in proportion to their weights, never a row's own, whatever the similarities are."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

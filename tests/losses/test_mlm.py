@@ -1,4 +1,5 @@
 """Hidden words: how many, which and as what; the loss where there is none, and where groups have their own means."""
+
 import jax
 import numpy as np
 

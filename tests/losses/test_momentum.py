@@ -1,4 +1,5 @@
 """Contrast with a teacher's batch and queue against its definition pair by pair; the circular queue against a loop."""
+
 from functools import partial
 
 import jax
@@ -22,7 +23,11 @@ def unit(rng, *shape):
 def inputs(seed=0):
     rng = np.random.default_rng(seed)
     ids, queue_ids = np.int32([1, 2, 1, 3]), np.int32([2, -100, 1, 1, 9, -100])
-    return unit(rng, B, D), unit(rng, B, D), Candidates(unit(rng, B, D), unit(rng, Q, D), ids, queue_ids, np.array([1, 1, 0, 1, 1, 0], bool))
+    return (
+        unit(rng, B, D),
+        unit(rng, B, D),
+        Candidates(unit(rng, B, D), unit(rng, Q, D), ids, queue_ids, np.array([1, 1, 0, 1, 1, 0], bool)),
+    )
 
 
 def slow(x, guide, c, tau, alpha, groups):
@@ -73,10 +78,22 @@ def slow_frozen(x, guide, c, tau, groups):
 
 
 HARD = {
-    "one row": lambda rng: (unit(rng, 1, D), Candidates(unit(rng, 1, D), unit(rng, Q, D), np.int32([5]), np.full(Q, -100, np.int32), np.zeros(Q, bool))),
-    "nothing filled": lambda rng: (unit(rng, B, D), Candidates(unit(rng, B, D), unit(rng, Q, D), np.arange(B), np.full(Q, -100), np.zeros(Q, bool))),
-    "one image": lambda rng: (unit(rng, B, D), Candidates(unit(rng, B, D), unit(rng, Q, D), np.full(B, 7), np.full(Q, 7), np.ones(Q, bool))),
-    "zero vectors": lambda rng: (np.zeros((B, D)), Candidates(np.zeros((B, D)), np.zeros((Q, D)), np.arange(B), np.full(Q, -100), np.ones(Q, bool))),
+    "one row": lambda rng: (
+        unit(rng, 1, D),
+        Candidates(unit(rng, 1, D), unit(rng, Q, D), np.int32([5]), np.full(Q, -100, np.int32), np.zeros(Q, bool)),
+    ),
+    "nothing filled": lambda rng: (
+        unit(rng, B, D),
+        Candidates(unit(rng, B, D), unit(rng, Q, D), np.arange(B), np.full(Q, -100), np.zeros(Q, bool)),
+    ),
+    "one image": lambda rng: (
+        unit(rng, B, D),
+        Candidates(unit(rng, B, D), unit(rng, Q, D), np.full(B, 7), np.full(Q, 7), np.ones(Q, bool)),
+    ),
+    "zero vectors": lambda rng: (
+        np.zeros((B, D)),
+        Candidates(np.zeros((B, D)), np.zeros((Q, D)), np.arange(B), np.full(Q, -100), np.ones(Q, bool)),
+    ),
 }
 
 

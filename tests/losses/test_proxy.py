@@ -1,4 +1,5 @@
 """Proxy losses against pair-by-pair sums, in blocks and sampled, on meshes that do not divide; clustering; the optimiser's tables."""
+
 import doctest
 from functools import partial
 
@@ -21,7 +22,11 @@ NAMES = pytest.mark.parametrize("name", proxy.LOSSES)
 
 def drawn(seed=0, batch=B, classes=C):
     rng = np.random.default_rng(seed)
-    return rng.normal(size=(batch, D)).astype(np.float32), rng.normal(size=(classes, D)).astype(np.float32), rng.integers(0, classes, batch).astype(np.int32)
+    return (
+        rng.normal(size=(batch, D)).astype(np.float32),
+        rng.normal(size=(classes, D)).astype(np.float32),
+        rng.integers(0, classes, batch).astype(np.int32),
+    )
 
 
 def slow(name, x, p, labels, alpha=32.0, margin=0.1, scale=9.0, temperature=0.05):
@@ -30,7 +35,9 @@ def slow(name, x, p, labels, alpha=32.0, margin=0.1, scale=9.0, temperature=0.05
     n, c = len(x), len(p)
     s = [[float(a @ b) for b in p] for a in x]
     if name == "proxy_anchor":
-        pull = [np.log1p(sum(np.exp(-alpha * (s[i][j] - margin)) for i in range(n) if labels[i] == j)) for j in sorted(set(labels.tolist()))]
+        pull = [
+            np.log1p(sum(np.exp(-alpha * (s[i][j] - margin)) for i in range(n) if labels[i] == j)) for j in sorted(set(labels.tolist()))
+        ]
         push = [np.log1p(sum(np.exp(alpha * (s[i][j] + margin)) for i in range(n) if labels[i] != j)) for j in range(c)]
         return np.mean(pull) + np.mean(push)
     total = 0.0
@@ -103,7 +110,10 @@ def test_sampled_negatives_are_right_on_average_and_move_only_their_rows():
 def test_no_array_of_the_batch_by_the_classes_and_an_eighth_a_device():
     mesh, classes, batch = make_mesh(MeshOptions(4, 2, 1)), 1 << 17, 64
     with jax.set_mesh(mesh):
-        x, p = jax.ShapeDtypeStruct((batch, D), jnp.float32), jax.ShapeDtypeStruct((classes, D), jnp.float32, sharding=NamedSharding(mesh, PER_DEVICE))
+        x, p = (
+            jax.ShapeDtypeStruct((batch, D), jnp.float32),
+            jax.ShapeDtypeStruct((classes, D), jnp.float32, sharding=NamedSharding(mesh, PER_DEVICE)),
+        )
         for name in ("proxy_anchor", "proxy_nca_pp"):
             f = jax.jit(jax.value_and_grad(partial(proxy.LOSSES[name], block=1024), (0, 1)))
             compiled = f.lower(x, p, jax.ShapeDtypeStruct((batch,), jnp.int32)).compile()
@@ -160,7 +170,9 @@ def test_an_empty_cluster_keeps_its_row_or_takes_the_farthest_row():
 
 def test_held_leaves_wait_and_lazy_rows_stay():
     params = {"a": jnp.ones(3), "table": jnp.ones((4, 2))}
-    options = OptimOptions(learning_rate=0.1, schedule="step", step_every=2, step_factor=0.5, clip_norm=0.0, decay="", hold=(("^a$", 2),), lazy=("^table$",))
+    options = OptimOptions(
+        learning_rate=0.1, schedule="step", step_every=2, step_factor=0.5, clip_norm=0.0, decay="", hold=(("^a$", 2),), lazy=("^table$",)
+    )
     tx = make_optimizer(options, params, 10)
     state, free = tx.init(params), make_optimizer(options._replace(hold=(), lazy=()), params, 10)
     grads = {"a": jnp.array([1.0, -2.0, 3.0]), "table": jnp.zeros((4, 2)).at[1].set(1.0)}
@@ -178,7 +190,12 @@ def test_held_leaves_wait_and_lazy_rows_stay():
     assert len(moments) == 2 and all(not np.asarray(m)[[0, 2, 3]].any() and np.asarray(m)[1].all() for m in moments)
     emptied = forget(state, "table", jnp.bool_(True))
     assert not any(np.any(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(emptied) if "table" in jax.tree_util.keystr(path))
-    for key, value, words in (("hold", (("q", 1),), "'q' matches no"), ("hold", (("a", -1),), "is -1"), ("lazy", ("q",), "'q' matches no"), ("step_every", 0, "step_every is 0")):
+    for key, value, words in (
+        ("hold", (("q", 1),), "'q' matches no"),
+        ("hold", (("a", -1),), "is -1"),
+        ("lazy", ("q",), "'q' matches no"),
+        ("step_every", 0, "step_every is 0"),
+    ):
         with pytest.raises(ValueError, match=words):
             make_optimizer(options._replace(**{key: value}), params, 10)
 

@@ -1,4 +1,5 @@
 """Both solvers against plain numpy, the linear program, their guarantees, and on every split of samples and codes."""
+
 import doctest
 from functools import cache, partial
 

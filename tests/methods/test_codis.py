@@ -1,4 +1,5 @@
 """CODIS as its paper states it, from the features of a step: the loss term by term, what moves, what is refused, and what it costs."""
+
 from functools import cache
 
 import jax
@@ -183,11 +184,25 @@ def test_equal_on_a_mesh_with_the_codes_split(sizes):
         placed = shardings({"params": params, "memory": memory}, (*STATE_RULES, *method.rules), mesh)
         split, codes = jax.NamedSharding(mesh, BATCH), placed["params"]["codebook"]
         assert codes.spec == jax.P(("fsdp", "tensor"), None)
-        got = aligned("plain")(jax.device_put(features(), split), jax.device_put(args[1], codes), 0.07, jax.device_put(memory, placed["memory"]))
+        got = aligned("plain")(
+            jax.device_put(features(), split), jax.device_put(args[1], codes), 0.07, jax.device_put(memory, placed["memory"])
+        )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), got, want)
 
 
-@pytest.mark.parametrize("changed", [dict(codes=0), dict(ot_group=0), dict(ipot_iterations=0), dict(ipot_beta=0.0), dict(sinkhorn_epsilon=-1.0), dict(code_temperature=-0.1), dict(freeze_steps=-1)], ids=str)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(codes=0),
+        dict(ot_group=0),
+        dict(ipot_iterations=0),
+        dict(ipot_beta=0.0),
+        dict(sinkhorn_epsilon=-1.0),
+        dict(code_temperature=-0.1),
+        dict(freeze_steps=-1),
+    ],
+    ids=str,
+)
 def test_wrong_options_are_named(changed):
     ((key, value),) = changed.items()
     with pytest.raises(ValueError, match=rf"config\.method\.{key} is {value}; it must be"):
@@ -196,7 +211,10 @@ def test_wrong_options_are_named(changed):
 
 def test_transport_is_a_small_share_of_a_step_of_the_paper():
     """Sizes of the paper: ViT-B/16 at 256 pixels, 6 + 6 layers of BERT-base, 512 pairs, 4000 codes, 50 iterations."""
-    image, text = VitOptions(variant="B/16", pool="cls"), TextOptions(variant="B", vocab_size=30_522, depth=6, causal=False, pool="first", mask_id=103)
+    image, text = (
+        VitOptions(variant="B/16", pool="cls"),
+        TextOptions(variant="B", vocab_size=30_522, depth=6, causal=False, pool="first", mask_id=103),
+    )
     o = codis.CodisOptions()
     spec = {"image": jax.ShapeDtypeStruct((512, 256, 256, 3), jnp.float32), "tokens": jax.ShapeDtypeStruct((512, 25), jnp.int32)}
     shares = codis.flops(trunk(image, text, of_method(o)), o, spec)
@@ -209,7 +227,11 @@ def test_transport_is_a_small_share_of_a_step_of_the_paper():
     assert shares["transport"] < 0.03 * sum(shares.values())
 
 
-@pytest.mark.parametrize("options", [PLAIN, OTHER, PLAIN._replace(code=False), PLAIN._replace(ot_scope="batch_plus_queue", unfilled="mask")], ids=["plain", "other", "no code", "queue"])
+@pytest.mark.parametrize(
+    "options",
+    [PLAIN, OTHER, PLAIN._replace(code=False), PLAIN._replace(ot_scope="batch_plus_queue", unfilled="mask")],
+    ids=["plain", "other", "no code", "queue"],
+)
 def test_the_terms_of_the_bench_are_the_steps(options):
     method = METHODS["codis"].build(IMAGE, TEXT, options)
     found = method.terms(SPEC)

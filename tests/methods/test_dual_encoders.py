@@ -1,4 +1,5 @@
 """CLIP and SigLIP as their papers state them: parameters, loss from embeddings, gradients of the scale, and what is refused."""
+
 import math
 import subprocess
 import sys

@@ -1,4 +1,5 @@
 """HPL inside the step: when a hierarchy is learned and renewed, what it moves and what it leaves alone, on one device and on eight."""
+
 from functools import cache
 
 import jax
@@ -22,13 +23,29 @@ from jaxvl.state import STATE_RULES, create
 from jaxvl.step import make_train_step
 
 IMAGE = VitOptions(variant="", width=8, depth=1, heads=2, mlp_dim=16, patch=4, dtype="float32")
-OPTIM = OptimOptions(learning_rate=0.02, schedule="constant", b2=0.999, weight_decay=1e-4, decay="", clip_norm=0.0, groups=(("^proxies$", 5.0),))
+OPTIM = OptimOptions(
+    learning_rate=0.02, schedule="constant", b2=0.999, weight_decay=1e-4, decay="", clip_norm=0.0, groups=(("^proxies$", 5.0),)
+)
 CLASSES, RUN = 13, Run(steps=8, epoch=2, warmup=1, classes=13, parents=((0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4, 4), (0, 0, 1, 1, 1)))
 SPEC = {"image": jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.float32), "label": jax.ShapeDtypeStruct((16,), jnp.int32)}
 
 
 def options(**kw):
-    return complete(HplOptions(**{"width": 6, "num_coarse": (4,), "hierarchy_start": 2, "refresh_every": 3, "pad_to": 8, "block": 2, "level_weights": (1.0, 0.5)} | kw), RUN)
+    return complete(
+        HplOptions(
+            **{
+                "width": 6,
+                "num_coarse": (4,),
+                "hierarchy_start": 2,
+                "refresh_every": 3,
+                "pad_to": 8,
+                "block": 2,
+                "level_weights": (1.0, 0.5),
+            }
+            | kw
+        ),
+        RUN,
+    )
 
 
 def batch(t):
@@ -84,7 +101,9 @@ def test_eight_devices_train_as_one():
     for a, b in zip(logged, logged_many, strict=True):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=2e-4)
     np.testing.assert_allclose(one[-1].params["proxies"], many[-1].params["proxies"], rtol=2e-2, atol=2e-3)
-    assert many[-1].params["proxies"].sharding.spec == P(("data", "fsdp", "tensor")) and many[-1].memory["hierarchy"].parents[0].sharding.spec == P(("data", "fsdp", "tensor"))
+    assert many[-1].params["proxies"].sharding.spec == P(("data", "fsdp", "tensor")) and many[-1].memory["hierarchy"].parents[
+        0
+    ].sharding.spec == P(("data", "fsdp", "tensor"))
 
 
 def test_free_coarse_proxies_move_and_a_refresh_overwrites_them_and_forgets_their_moments():
@@ -92,7 +111,11 @@ def test_free_coarse_proxies_move_and_a_refresh_overwrites_them_and_forgets_thei
     assert np.abs(np.asarray(coarse(states[4])) - np.asarray(coarse(states[3]))).max() > 1e-3
 
     def first_moment(state):
-        return next(np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state) if ".mu['coarse']" in jax.tree_util.keystr(path))
+        return next(
+            np.asarray(x)
+            for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state)
+            if ".mu['coarse']" in jax.tree_util.keystr(path)
+        )
 
     kept, _ = trained(coarse_mode="free", reset_moments_on_refresh=False)
     np.testing.assert_array_equal(coarse(kept[5]), coarse(states[5]))

@@ -1,4 +1,5 @@
 """JVSM as a method: pairs among triplets, running statistics, both schedules, every composition, and the same numbers on any devices."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,7 +136,13 @@ def test_every_composition_trains_and_answers(name):
     if image is TOWER:
         assert set(memory["batch_stats"]) == {"image"} and memory["batch_stats"]["image"]["stem_norm"]["mean"].any()
     ready = for_faces(method, params, memory)
-    everything = jax.jit(lambda p: (method.compose(p, batch["image"], batch["tokens"]), method.embed_image(p, batch["image"]), method.embed_text(p, batch["tokens"])))
+    everything = jax.jit(
+        lambda p: (
+            method.compose(p, batch["image"], batch["tokens"]),
+            method.embed_image(p, batch["image"]),
+            method.embed_text(p, batch["tokens"]),
+        )
+    )
     queries, gallery, texts = everything(ready)
     assert queries.shape == gallery.shape == texts.shape == (8, 24 if "attention" in name else 8)
     np.testing.assert_allclose(np.linalg.norm(np.concatenate([queries, gallery, texts]), axis=1), 1, rtol=1e-4)

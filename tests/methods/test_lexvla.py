@@ -1,4 +1,5 @@
 """LexVLA: the loss of its equations from the embeddings, and every cheaper way to the same value and gradient."""
+
 from functools import cache
 
 import jax
@@ -71,7 +72,11 @@ def same(got, want):
 def embedded():
     params, _ = start()
     method = build()
-    return jax.device_get(jax.jit(lambda p, b: (method.embed_image(p, b["image"]), method.embed_text(p, b["tokens"]), method.encode(p, b, None)))(params, batch()))
+    return jax.device_get(
+        jax.jit(lambda p, b: (method.embed_image(p, b["image"]), method.embed_text(p, b["tokens"]), method.encode(p, b, None)))(
+            params, batch()
+        )
+    )
 
 
 def test_the_loss_of_the_embeddings():
@@ -91,7 +96,11 @@ def test_the_loss_of_the_embeddings():
     close(loss, want, rtol=1e-5)
     close([aux["image_overuse"], aux["text_overuse"]], [overuse(s_img), overuse(s_txt)], rtol=1e-5)
     on = s_img > V**-0.5
-    close([aux["image_active"], aux["image_words_used"], aux["image_most_used"]], [on.sum(1).mean(), on.any(0).mean(), on.mean(0).max()], rtol=1e-6)
+    close(
+        [aux["image_active"], aux["image_words_used"], aux["image_most_used"]],
+        [on.sum(1).mean(), on.any(0).mean(), on.mean(0).max()],
+        rtol=1e-6,
+    )
     assert not np.any(grads["text_codebook"])
     assert not any(map(np.any, jax.tree.leaves(grads["image"])))
     assert all(np.any(g) for g in jax.tree.leaves(grads["lora"]) + [grads["image_codebook"], grads["t"]])
@@ -140,7 +149,9 @@ def test_the_same_on_meshes(shape):
     place = meshes.shardings({"params": params, "memory": memory}, (*STATE_RULES, *method.rules), mesh)
     with jax.set_mesh(mesh):
         args = jax.device_put({"params": params, "memory": memory}, place), jax.device_put(batch(), jax.NamedSharding(mesh, meshes.BATCH))
-        same(jax.device_get(jax.jit(lambda state, b: value_and_grad(method, 1)(state["params"], state["memory"], b, KEY))(*args)), stepped())
+        same(
+            jax.device_get(jax.jit(lambda state, b: value_and_grad(method, 1)(state["params"], state["memory"], b, KEY))(*args)), stepped()
+        )
 
 
 def test_memory_counts_steps_and_local_penalties_are_greater():
@@ -150,7 +161,12 @@ def test_memory_counts_steps_and_local_penalties_are_greater():
     mesh = meshes.make_mesh(meshes.MeshOptions(2, 2, 1), jax.devices()[:4])
     values = {}
     with jax.set_mesh(mesh):
-        for name, options in {"global": {}, "local": dict(penalty_scope="local"), "flops": dict(penalty="flops"), "none": dict(penalty="none")}.items():
+        for name, options in {
+            "global": {},
+            "local": dict(penalty_scope="local"),
+            "flops": dict(penalty="flops"),
+            "none": dict(penalty="none"),
+        }.items():
             method = lexvla.build(IMAGE, TEXT, OPTIONS._replace(**options))
             values[name], _ = jax.jit(lambda e, m=method: m.objective(params, memory, e, {}, None))(encoded)
     assert values["local"] > values["global"] > values["none"]
@@ -181,7 +197,9 @@ def test_codebooks_start_as_the_words_of_the_decoder():
 
 def test_the_run_tells_the_words():
     choice = METHODS["lexvla"]
-    made = choice.complete(OPTIONS._replace(entries=0, words=(), prefix=(), tail=0, head=0), Run(words=WORDS, prefix=PREFIX, tail=2, head=3))
+    made = choice.complete(
+        OPTIONS._replace(entries=0, words=(), prefix=(), tail=0, head=0), Run(words=WORDS, prefix=PREFIX, tail=2, head=3)
+    )
     assert (made.entries, made.words, made.prefix, made.tail, made.head) == (V, WORDS, PREFIX, 2, 3)
     with pytest.raises(ValueError, match="config.method.entries is 17182, but the tokenizer keeps 12 words"):
         choice.complete(OPTIONS._replace(entries=17_182), Run(words=WORDS))
@@ -191,7 +209,9 @@ def test_what_the_method_takes_as_constant_must_be_frozen():
     params, method = start()[0], build()
     groups = ((r"^(adapter|image_codebook|t$)", 1.0),)
     check_constant(OptimOptions(groups=lora.groups(groups)), params, method.constant)
-    with pytest.raises(ValueError, match=r"config.optim trains text_codebook, which config.method takes as a constant; freeze it with the group"):
+    with pytest.raises(
+        ValueError, match=r"config.optim trains text_codebook, which config.method takes as a constant; freeze it with the group"
+    ):
         check_constant(OptimOptions(groups=((r"^image/", 0.0),)), params, method.constant)
 
 
@@ -216,5 +236,9 @@ def test_flops_count_each_frozen_pass_once():
     cost = lambda **options: lexvla.build(IMAGE, TEXT, OPTIONS._replace(**options)).flops(spec)
     assert cost() < cost(frozen_image=False)
     assert cost() < cost(shared_prefix=False)
-    close(cost(entries=V, pool="all") - cost(pool="patches"), 2.0 * V * 16 + 2.0 * (4 * 256 + 2 * 16 * (25 - 16) + 2 * 16 * 16 + 16 * 32), rtol=1e-6)
+    close(
+        cost(entries=V, pool="all") - cost(pool="patches"),
+        2.0 * V * 16 + 2.0 * (4 * 256 + 2 * 16 * (25 - 16) + 2 * 16 * 16 + 16 * 32),
+        rtol=1e-6,
+    )
     assert jnp.isfinite(cost())

@@ -1,4 +1,5 @@
 """The match of an image and a text with the image's keys and values kept: the same as without, for less."""
+
 import json
 from pathlib import Path
 
@@ -62,7 +63,9 @@ def test_a_kept_image_scores_as_one_that_is_read_anew(model):
 
         seen = Vit(IMAGE).apply({"params": params["image"]}, images).tokens
         states = Text(TEXT).apply({"params": params["text"]}, tokens).tokens
-        fused, _ = Fusion(TEXT._replace(depth=2)).apply({"params": params["fusion"]}, states, tokens != 0, seen[(source + [[0], [3]]).ravel()])
+        fused, _ = Fusion(TEXT._replace(depth=2)).apply(
+            {"params": params["fusion"]}, states, tokens != 0, seen[(source + [[0], [3]]).ravel()]
+        )
         return (fused[:, 0] @ params["itm"]["kernel"] + params["itm"]["bias"])[:, 1]
 
     np.testing.assert_allclose(got, jax.jit(plainly)(params, images, tokens), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,5 @@
 """TCL and its trunk: microbatches and parts change nothing, groups are the devices of the published runs, and no edge gives NaN."""
+
 from functools import cache
 
 import jax
@@ -37,7 +38,11 @@ def built(o=PLAIN):
     spec = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch().items()}
     method = METHODS["tcl"].build(IMAGE, TEXT, o)
     params, memory = jax.jit(lambda key: method.init(key, spec))(KEY)
-    return method, params, {**memory, "step": jnp.int32(5)} | ({"pointer": jnp.int32(4), "filled": jnp.int32(4)} if "filled" in memory else {})
+    return (
+        method,
+        params,
+        {**memory, "step": jnp.int32(5)} | ({"pointer": jnp.int32(4), "filled": jnp.int32(4)} if "filled" in memory else {}),
+    )
 
 
 @cache
@@ -115,7 +120,11 @@ def test_a_group_is_a_device_of_the_published_runs():
 
         @jax.jit
         def losses(params, memory, b, labels):
-            draws = Draws(jnp.asarray(swap[: len(labels)]), jnp.asarray(swap[: len(labels)]), masked_as(jnp.where(labels == -100, b["tokens"], 3), labels))
+            draws = Draws(
+                jnp.asarray(swap[: len(labels)]),
+                jnp.asarray(swap[: len(labels)]),
+                masked_as(jnp.where(labels == -100, b["tokens"], 3), labels),
+            )
             return tcl.terms(base, o, params, memory, base.encode(params, b, None), b, None, draws)[1]
 
         return losses
@@ -130,7 +139,11 @@ def test_keys_and_values_computed_once_are_those_computed_for_every_row():
     rng = np.random.default_rng(1)
     base = trunk(IMAGE, TEXT, of_method(PLAIN))
     params, states = built()[1], rng.standard_normal((B, 3, 8)).astype(np.float32)
-    images, mask, source = rng.standard_normal((B, 5, 8)).astype(np.float32), np.ones((B, 3), bool), np.int32([[1, 0], [1, 1]])  # within two groups
+    images, mask, source = (
+        rng.standard_normal((B, 5, 8)).astype(np.float32),
+        np.ones((B, 3), bool),
+        np.int32([[1, 0], [1, 1]]),
+    )  # within two groups
     rows = np.array([1, 0, 3, 3])
     once = lambda p, x, z: jnp.sum(jnp.sin(base.fuse(p, z, mask, base.keys_values(p, x), source)))
     again = lambda p, x, z: jnp.sum(jnp.sin(Fusion(TEXT._replace(depth=1)).apply({"params": p["fusion"]}, z, mask, x[rows])[0]))
@@ -158,7 +171,10 @@ def test_every_leaf_has_a_place(sizes):
     placed = shardings({"params": params, "memory": queue}, (*STATE_RULES, *method.rules), mesh)
     assert placed["memory"]["image_queue"].spec == placed["memory"]["id_queue"].spec == jax.P(("data", "fsdp"))
     assert placed["params"]["temperature"].is_fully_replicated
-    assert placed["memory"]["teacher"]["image"]["blocks"]["mlp"]["up"]["kernel"].spec == placed["params"]["image"]["blocks"]["mlp"]["up"]["kernel"].spec
+    assert (
+        placed["memory"]["teacher"]["image"]["blocks"]["mlp"]["up"]["kernel"].spec
+        == placed["params"]["image"]["blocks"]["mlp"]["up"]["kernel"].spec
+    )
 
 
 def test_profiles_decide_what_is_left_to_them():

@@ -1,4 +1,5 @@
 """Transformer blocks written out slowly in numpy: one sequence, one head, one row at a time."""
+
 import functools
 import math
 

@@ -1,4 +1,5 @@
 """ResNet and MobileNet from torchvision- and timm-named files against a slow numpy network that reads the same names."""
+
 import jax
 import numpy as np
 import pytest
@@ -37,7 +38,10 @@ def resnet_files():
         width = WIDTH * 2 ** (stage - 1)
         for b in range(count):
             layer = f"layer{stage}.{b}"
-            units += [(f"{layer}.conv{i}", f"{layer}.bn{i}", shape) for i, shape in ((1, (width, into, 1, 1)), (2, (width, width, 3, 3)), (3, (4 * width, width, 1, 1)))]
+            units += [
+                (f"{layer}.conv{i}", f"{layer}.bn{i}", shape)
+                for i, shape in ((1, (width, into, 1, 1)), (2, (width, width, 3, 3)), (3, (4 * width, width, 1, 1)))
+            ]
             if not b:
                 units.append((f"{layer}.downsample.0", f"{layer}.downsample.1", (4 * width, into, 1, 1)))
             into = 4 * width
@@ -58,7 +62,9 @@ def conv(x, w, stride):
     k, pad = w.shape[-1], w.shape[-1] // 2
     x = np.pad(x, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
     high, wide = ((n - k) // stride + 1 for n in x.shape[2:])
-    patches = np.stack([x[:, :, i : i + stride * (high - 1) + 1 : stride, j : j + stride * (wide - 1) + 1 : stride] for i in range(k) for j in range(k)], 2)
+    patches = np.stack(
+        [x[:, :, i : i + stride * (high - 1) + 1 : stride, j : j + stride * (wide - 1) + 1 : stride] for i in range(k) for j in range(k)], 2
+    )
     w = w.reshape(*w.shape[:2], -1)
     return np.einsum("nckhw,ck->nchw", patches, w[:, 0]) if w.shape[1] == 1 and x.shape[1] > 1 else np.einsum("nckhw,ock->nohw", patches, w)
 
@@ -127,12 +133,17 @@ def test_statistics_of_the_batch(tmp_path):
     variables = module.init(jax.random.key(0), images)
     params = jax.tree_util.tree_map_with_path(lambda path, _: _at(frozen.params["image"], path), variables["params"])
     stats = jax.tree_util.tree_map_with_path(lambda path, _: _at(frozen.params["image"], path), variables["batch_stats"])
-    run = jax.jit(lambda x, train: module.apply({"params": params, "batch_stats": stats}, x, train=train, maps=True, mutable=["batch_stats"]), static_argnums=1)
+    run = jax.jit(
+        lambda x, train: module.apply({"params": params, "batch_stats": stats}, x, train=train, maps=True, mutable=["batch_stats"]),
+        static_argnums=1,
+    )
     tower, after = run(images, True)
     x = images.astype(np.float64).transpose(0, 3, 1, 2)
     np.testing.assert_allclose(tower.maps[-1].transpose(0, 3, 1, 2), slow_resnet(tensors, x, batch=True), rtol=1e-3, atol=1e-3)
     stem = conv(x, tensors["conv1.weight"].astype(np.float64), 2)
-    np.testing.assert_allclose(after["batch_stats"]["stem_norm"]["var"], 0.9 * tensors["bn1.running_var"] + 0.1 * stem.var((0, 2, 3), ddof=1), rtol=1e-4)
+    np.testing.assert_allclose(
+        after["batch_stats"]["stem_norm"]["var"], 0.9 * tensors["bn1.running_var"] + 0.1 * stem.var((0, 2, 3), ddof=1), rtol=1e-4
+    )
     np.testing.assert_allclose(run(images, False)[0].maps[-1].transpose(0, 3, 1, 2), slow_resnet(tensors, x), rtol=1e-3, atol=1e-4)
 
 
@@ -146,9 +157,13 @@ def test_against_torch():
     torch = pytest.importorskip("torch")
     f = {k: torch.from_numpy(np.asarray(v, np.float64)) for k, v in resnet_files().items()}
     x = torch.from_numpy(np.random.default_rng(1).normal(size=(1, 3, 32, 32)))
-    norm = lambda name, y: torch.nn.functional.batch_norm(y, f[f"{name}.running_mean"], f[f"{name}.running_var"], f[f"{name}.weight"], f[f"{name}.bias"])
+    norm = lambda name, y: torch.nn.functional.batch_norm(
+        y, f[f"{name}.running_mean"], f[f"{name}.running_var"], f[f"{name}.weight"], f[f"{name}.bias"]
+    )
     stem = torch.relu(norm("bn1", torch.nn.functional.conv2d(x, f["conv1.weight"], stride=2, padding=3)))
-    np.testing.assert_allclose(np.maximum(apply({k: v.numpy() for k, v in f.items()}, "conv1", "bn1", x.numpy(), 2), 0), stem.numpy(), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        np.maximum(apply({k: v.numpy() for k, v in f.items()}, "conv1", "bn1", x.numpy(), 2), 0), stem.numpy(), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_sizes_and_options():

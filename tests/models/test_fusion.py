@@ -11,7 +11,18 @@ from tests.models import reference
 from tests.models.reference import draw, run
 
 BERT = TextOptions(
-    variant="", vocab_size=21, width=12, depth=2, heads=4, mlp_dim=20, causal=False, post_norm=True, embed_norm=True, final_norm=False, pool="first", dtype="float32"
+    variant="",
+    vocab_size=21,
+    width=12,
+    depth=2,
+    heads=4,
+    mlp_dim=20,
+    causal=False,
+    post_norm=True,
+    embed_norm=True,
+    final_norm=False,
+    pool="first",
+    dtype="float32",
 )
 STATES = jax.random.normal(jax.random.key(0), (2, 5, 12))
 IMAGES = jax.random.normal(jax.random.key(1), (2, 4, 7))
@@ -40,7 +51,9 @@ def test_image_tokens_need_no_mask_and_may_have_any_width():
     model = Fusion(BERT)
     params = draw(model, STATES, None, IMAGES)
     assert params["blocks"]["cross"]["k"]["kernel"].shape == (2, 7, 12)
-    np.testing.assert_allclose(run(model, params, STATES, None, IMAGES)[0], run(model, params, STATES, MASK | True, IMAGES, jnp.ones((2, 4), bool))[0], atol=1e-6)
+    np.testing.assert_allclose(
+        run(model, params, STATES, None, IMAGES)[0], run(model, params, STATES, MASK | True, IMAGES, jnp.ones((2, 4), bool))[0], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -67,7 +80,11 @@ def test_word_logits_are_float32_tied_or_not():
 
 def test_heads_and_fusion_have_sharding_rules():
     embedding = jnp.zeros((21, 12))
-    tree = {"fusion": draw(Fusion(BERT), STATES, MASK, IMAGES), "mlm": draw(MlmHead(BERT, False), STATES, embedding), "lm_head": draw(LmHead(BERT), STATES)}
+    tree = {
+        "fusion": draw(Fusion(BERT), STATES, MASK, IMAGES),
+        "mlm": draw(MlmHead(BERT, False), STATES, embedding),
+        "lm_head": draw(LmHead(BERT), STATES),
+    }
     tree["fusion"]["blocks"]["cross"]["k"]["kernel"] = tree["fusion"]["blocks"]["cross"]["v"]["kernel"] = jnp.zeros((2, 8, 12))
     specs = jax.tree.map(lambda s: s.spec, shardings(tree, RULES, make_mesh(MeshOptions(2, 2, 2))))
     assert specs["fusion"]["blocks"]["cross"]["k"]["kernel"] == jax.P(None, "fsdp", "tensor")

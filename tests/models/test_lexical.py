@@ -1,4 +1,5 @@
 """The streamed maximum over tokens: the plain one in value and gradient, whatever the blocks and the mesh; ties; memory at full size."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,11 @@ close = np.testing.assert_allclose
 
 def arrays(dtype=np.float32):
     rng = np.random.default_rng(0)
-    return rng.standard_normal((B, n, d)).astype(dtype), rng.standard_normal((V, d)).astype(np.float32), rng.standard_normal((B, V)).astype(np.float32)
+    return (
+        rng.standard_normal((B, n, d)).astype(dtype),
+        rng.standard_normal((V, d)).astype(np.float32),
+        rng.standard_normal((B, V)).astype(np.float32),
+    )
 
 
 def plain(z, Z):
@@ -83,7 +88,11 @@ def test_memory_at_full_size():
     """Compiled and not run: ViT-B/14 at 224 pixels, 17,182 words, the width of Llama 2 7B, 64 images on a device."""
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 257, 4096), (17_182, 4096), (64, 17_182))]
     bytes_of = {
-        name: jax.jit(jax.grad(lambda z, Z, c, f=f: jnp.sum(f(z, Z) * c), (0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+        name: jax.jit(jax.grad(lambda z, Z, c, f=f: jnp.sum(f(z, Z) * c), (0, 1)))
+        .lower(*shapes)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
         for name, f in (("plain", plain), ("fused", max_logits))
     }
     assert bytes_of["fused"] <= bytes_of["plain"] / 20, bytes_of

@@ -1,4 +1,5 @@
 """Adapters against their equation: what they start as, what they add, what moves, what is merged, how they are sharded."""
+
 from functools import partial
 
 import jax
@@ -81,7 +82,9 @@ def test_dropout_acts_on_the_adapter_alone_and_only_in_training():
     options = EVERYTHING._replace(dropout=0.5, targets="image/head/kernel$")
     params, data = trained(options), batch()
     encode = jax.jit(lambda p, key: wrapped(options).encode(p, data, key)["image"])
-    still = jax.jit(lambda p: (wrapped(options).encode(p, data, None)["image"], wrapped(options._replace(dropout=0.0)).encode(p, data, None)["image"]))
+    still = jax.jit(
+        lambda p: (wrapped(options).encode(p, data, None)["image"], wrapped(options._replace(dropout=0.0)).encode(p, data, None)["image"])
+    )
     np.testing.assert_array_equal(*still(params))
     assert float(jnp.abs(encode(params, jax.random.key(0)) - encode(params, jax.random.key(1))).max()) > 1e-3
     without = {**params, "lora": jax.tree.map(jnp.zeros_like, params["lora"])}
@@ -112,7 +115,11 @@ def test_sharded_training_moves_adapters_and_named_groups_alone():
         moments = [jax.tree_util.keystr(p) for p, m in jax.tree_util.tree_leaves_with_path(state.opt_state) if m.ndim]
         assert moments and all("lora" in name for name in moments)
 
-        step = jax.jit(make_train_step(method, tx, AugmentOptions(), OPTIM, learning_rate(OPTIM, 10), image_size=8, accumulate=2, grad_shardings=placed.params))
+        step = jax.jit(
+            make_train_step(
+                method, tx, AugmentOptions(), OPTIM, learning_rate(OPTIM, 10), image_size=8, accumulate=2, grad_shardings=placed.params
+            )
+        )
         pixels = np.random.default_rng(1).integers(0, 256, (8, 8, 8, 3), np.uint8)
         arrays = meshes.place({**batch(), "image": pixels}, mesh)
         after = step(step(state, arrays)[0], arrays)[0]

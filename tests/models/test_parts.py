@@ -1,4 +1,3 @@
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +15,9 @@ CASES = {
     "clip": BASE._replace(act="quick_gelu", causal=True),
     "siglip": BASE._replace(act="gelu_tanh"),
     "bert": BASE._replace(post_norm=True, cross=True),
-    "llama": BASE._replace(norm="rms", act="silu", gated=True, kv_heads=2, head_dim=6, qkv_bias=False, out_bias=False, mlp_bias=False, causal=True),
+    "llama": BASE._replace(
+        norm="rms", act="silu", gated=True, kv_heads=2, head_dim=6, qkv_bias=False, out_bias=False, mlp_bias=False, causal=True
+    ),
 }
 
 
@@ -48,7 +49,9 @@ def test_stack_equals_the_block_written_out_layer_by_layer(name):
 def loss_and_gradient(o, params, x):
     """Mean square of the output of a training pass, and its gradient, with a fixed dropout key."""
     module = parts.stack(o, "blocks")
-    loss = lambda p: (module.apply({"params": p}, x, parts.Context(), None, None, rngs={"dropout": jax.random.key(7, impl="rbg")})[0] ** 2).mean()
+    loss = lambda p: (
+        module.apply({"params": p}, x, parts.Context(), None, None, rngs={"dropout": jax.random.key(7, impl="rbg")})[0] ** 2
+    ).mean()
     return jit(jax.value_and_grad(loss))(params)
 
 
@@ -76,7 +79,9 @@ def test_full_remat_saves_memory_scanned_and_unrolled():
     def kept(o):
         """Bytes carried from the forward to the backward pass."""
         module = parts.stack(o, "blocks")
-        _, residuals = jax.eval_shape(lambda p: jax.vjp(lambda p: module.apply({"params": p}, x, parts.Context(), None, None)[0], p), params)
+        _, residuals = jax.eval_shape(
+            lambda p: jax.vjp(lambda p: module.apply({"params": p}, x, parts.Context(), None, None)[0], p), params
+        )
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
 
     for scan in (True, False):
@@ -87,7 +92,9 @@ def test_full_remat_saves_memory_scanned_and_unrolled():
 def test_dropout_acts_only_with_a_key_and_differs_by_layer_and_key(plain):
     o, params, x, _ = plain
     module = parts.stack(o, "blocks", hidden=True)
-    apply = jit(lambda p, x, key: module.apply({"params": p}, x, parts.Context(), None, None, rngs={} if key is None else {"dropout": key})[1])
+    apply = jit(
+        lambda p, x, key: module.apply({"params": p}, x, parts.Context(), None, None, rngs={} if key is None else {"dropout": key})[1]
+    )
     still, one, other = (apply(params, x, key).hidden for key in (None, *(jax.random.key(n, impl="rbg") for n in (1, 2))))
     np.testing.assert_array_equal(apply(params, x, None).hidden, still)
     assert abs(one - other).max() > 0.1 and abs(one - still).max() > 0.1

@@ -1,4 +1,3 @@
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +7,17 @@ from jaxvl.models.vit import Vit, VitOptions, keep_patches, resolve
 from tests.models.reference import draw, run
 
 TINY = VitOptions(variant="", patch=4, width=16, depth=2, heads=4, mlp_dim=24, dtype="float32")
-PATCH_SIZES = {"Ti/16": 5.5e6, "S/16": 21.7e6, "S/32": 22.5e6, "B/16": 85.8e6, "B/32": 87.5e6, "L/16": 303.3e6, "L/14": 303.2e6, "H/14": 630.8e6, "g/14": 1011e6}
+PATCH_SIZES = {
+    "Ti/16": 5.5e6,
+    "S/16": 21.7e6,
+    "S/32": 22.5e6,
+    "B/16": 85.8e6,
+    "B/32": 87.5e6,
+    "L/16": 303.3e6,
+    "L/14": 303.2e6,
+    "H/14": 630.8e6,
+    "g/14": 1011e6,
+}
 
 
 def shapes(options, size=224):
@@ -53,7 +62,11 @@ def test_embedding_is_patches_in_row_order_with_positions_and_class_token_first(
     for row in range(2):
         for column in range(3):
             patch = np.asarray(images[0, row * 4 : row * 4 + 4, column * 4 : column * 4 + 4], np.float64)
-            want = np.tensordot(patch, np.asarray(params["patch"]["kernel"], np.float64), 3) + params["patch"]["bias"] + params["pos"][1 + row * 3 + column]
+            want = (
+                np.tensordot(patch, np.asarray(params["patch"]["kernel"], np.float64), 3)
+                + params["patch"]["bias"]
+                + params["pos"][1 + row * 3 + column]
+            )
             np.testing.assert_allclose(got[3 + row * 3 + column], want, atol=1e-5)
 
 
@@ -78,7 +91,9 @@ def test_mask_token_replaces_marked_patches_before_positions():
     o = TINY._replace(mask_token=True)
     images = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
     params = draw(Vit(o), images)
-    got, plain = (run(Vit(o), params, images, marked, hidden=True).hidden[0, 0] for marked in (jnp.array([[False, True, False, False]]), None))
+    got, plain = (
+        run(Vit(o), params, images, marked, hidden=True).hidden[0, 0] for marked in (jnp.array([[False, True, False, False]]), None)
+    )
     np.testing.assert_allclose(got[2], params["mask_token"][0] + params["pos"][2], rtol=1e-6)
     np.testing.assert_array_equal(jnp.delete(got, 2, axis=0), jnp.delete(plain, 2, axis=0))
 

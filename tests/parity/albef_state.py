@@ -1,4 +1,5 @@
 """State dicts of ALBEF and TCL that lie in memory, such as the parity files hold, and gradients by the same names, as trees of ours."""
+
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -37,7 +38,9 @@ def tree(state: Mapping[str, np.ndarray], shapes: Any, *, text_layers: int, teac
         if lost := [one for one in asked if one not in state]:
             faults.append(f"missing: {', '.join(lost)}, for {ours}")
             continue
-        share = lambda x, name=name: np.asarray(name.transform.ours(np.array_split(np.asarray(x), name.parts)[name.part] if name.parts > 1 else np.asarray(x)))
+        share = lambda x, name=name: np.asarray(
+            name.transform.ours(np.array_split(np.asarray(x), name.parts)[name.part] if name.parts > 1 else np.asarray(x))
+        )
         layers = [share(state[one]) for one in asked]
         value = np.stack(layers) if stacked else layers[0]
         if value.shape != tuple(leaf.shape):
@@ -56,4 +59,6 @@ def unknown(state: Mapping[str, Any], shapes: Any, teacher: Any, *, text_layers:
         for name in (name for name in NAMES if name.ours in flat):
             layers = flat[name.ours].shape[0] if "/blocks/" in name.ours else 1
             asked |= {theirs(name, text_layers=text_layers, teacher=of_teacher, bert=bert, layer=i) for i in range(layers)}
-    return sorted(name for name in state if name not in asked and not re.search(r"position_ids$|predictions\.decoder\.(weight|bias)$", name))
+    return sorted(
+        name for name in state if name not in asked and not re.search(r"position_ids$|predictions\.decoder\.(weight|bias)$", name)
+    )

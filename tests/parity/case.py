@@ -1,4 +1,5 @@
 """What a parity file is to its checker: named arrays or a parsed JSON, which remember what was read of them."""
+
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,9 @@ class Case(Mapping):
         self.path = path
         self.folder = path if path.is_dir() else None
         source = path / "io.npz" if self.folder else path
-        self._content: Mapping[str, Any] = json.loads(source.read_text()) if source.suffix == ".json" else np.load(source, allow_pickle=False)
+        self._content: Mapping[str, Any] = (
+            json.loads(source.read_text()) if source.suffix == ".json" else np.load(source, allow_pickle=False)
+        )
         self.config: dict[str, Any] = json.loads((path / "config.json").read_text()) if self.folder else {}
         self._read: set[str] = set()
 
@@ -40,7 +43,11 @@ class Case(Mapping):
         return self.path / name
 
     def unread(self) -> list[str]:
-        files = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()} - {"io.npz", "config.json"} if self.folder else set()
+        files = (
+            {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()} - {"io.npz", "config.json"}
+            if self.folder
+            else set()
+        )
         return sorted((set(self._content) | files) - self._read)
 
 

@@ -1,4 +1,5 @@
 """CODIS: transport plans, codebook terms and gradients, intra/cross alignment; in float64 and float32, on 1 to 8 devices."""
+
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -80,7 +81,9 @@ def ipot_file(case: Case) -> None:
             for dtype, devices in everywhere(len(cost)) if iterations == int(get("iters")) else [(np.float64, 1)]:
                 got = run(f, dtype, cost, u, v, specs=(MATRIX, P(), P()), devices=devices)
                 atol = plan_tolerance(dtype, want, beta, iterations)
-                np.testing.assert_allclose(got, want, rtol=0, atol=atol, err_msg=f"{mode}, {iterations} iterations, {dtype.__name__}, {devices} devices")
+                np.testing.assert_allclose(
+                    got, want, rtol=0, atol=atol, err_msg=f"{mode}, {iterations} iterations, {dtype.__name__}, {devices} devices"
+                )
                 if iterations == int(get("iters")):
                     np.testing.assert_allclose(got.sum(1), get("row_marginal"), atol=atol * want.shape[1])
                     np.testing.assert_allclose(got.sum(0), get("col_marginal"), atol=atol)
@@ -128,9 +131,13 @@ def codebook_losses(case: Case) -> None:
         for dtype, devices in everywhere(students.shape[1]):
             exact = dtype == np.float64
             specs = (VIEWS, VIEWS, P(None, "tensor"))
-            loss, found, plan, p, grads, by_plan, normalised = run(whole, dtype, students, teachers, get("codebook"), specs=specs, devices=devices)
+            loss, found, plan, p, grads, by_plan, normalised = run(
+                whole, dtype, students, teachers, get("codebook"), specs=specs, devices=devices
+            )
             where = f"{dtype.__name__}, {devices} devices"
-            close = lambda got, want, rtol, atol=0.0, where=where, get=get: np.testing.assert_allclose(got, get(want), rtol=rtol, atol=atol, err_msg=f"{want}, {where}")
+            close = lambda got, want, rtol, atol=0.0, where=where, get=get: np.testing.assert_allclose(
+                got, get(want), rtol=rtol, atol=atol, err_msg=f"{want}, {where}"
+            )
             value = EPS / tau if exact else 2e-5
             for view, letter, target in ((0, "v", "target_i2p"), (1, "t", "target_t2p")):
                 atol = plan_tolerance(dtype, get(f"plan_{letter}"), step, iterations)
@@ -174,7 +181,9 @@ def ica(case: Case) -> None:
             where = f"{dtype.__name__}, {devices} devices"
             for way in ways:
                 np.testing.assert_allclose(hard[0][f"loss_{way}"], get(f"loss_{way}_hard"), rtol, err_msg=f"{way} hard, {where}")
-                np.testing.assert_allclose(mixed["loss_ica_mean4_allsoft"][0][f"loss_{way}"], get(f"loss_{way}_soft"), rtol, err_msg=f"{way} soft, {where}")
+                np.testing.assert_allclose(
+                    mixed["loss_ica_mean4_allsoft"][0][f"loss_{way}"], get(f"loss_{way}_soft"), rtol, err_msg=f"{way} soft, {where}"
+                )
             for name in REDUCTIONS:
                 if name in names(case, get, "loss_ica"):
                     np.testing.assert_allclose(mixed[name][1], get(name), rtol, err_msg=f"{name}, {where}")
@@ -182,7 +191,9 @@ def ica(case: Case) -> None:
         for way in ways:
             own, other = (np.float64(get(f"z_{letter}_m")) for letter in ("v" if way[0] == "i" else "t", "v" if way[2] == "i" else "t"))
             candidates = np.concatenate([other, queues[0 if way[2] == "i" else 1]])
-            np.testing.assert_allclose(targets_of(own, candidates, tau, alpha), get(f"target_{way}"), rtol=2 * EPS / tau, atol=1e-12, err_msg=way)
+            np.testing.assert_allclose(
+                targets_of(own, candidates, tau, alpha), get(f"target_{way}"), rtol=2 * EPS / tau, atol=1e-12, err_msg=way
+            )
         assert set(names(case, get, "loss_ica")) <= set(REDUCTIONS), "a combination that nothing compares"
 
 

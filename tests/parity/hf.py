@@ -2,6 +2,7 @@
 
 Each folder's files are also exported again: the bytes must be those that were read, whichever names they had.
 """
+
 import json
 import tempfile
 from functools import partial

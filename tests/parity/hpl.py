@@ -1,4 +1,5 @@
 """Proxy losses, hierarchies, clustering, whole schedules and the optimiser's groups; float64 and float32, on 1, 2, 4 and 8 devices."""
+
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -85,7 +86,11 @@ def nca(case: Case) -> None:
     }
 
     def every(x: jax.Array, p: jax.Array) -> dict:
-        return {name: jax.value_and_grad(partial(loss, labels=jnp.asarray(labels), block=4), (0, 1))(x, p) for name, loss in losses.items() if name != "lib"}
+        return {
+            name: jax.value_and_grad(partial(loss, labels=jnp.asarray(labels), block=4), (0, 1))(x, p)
+            for name, loss in losses.items()
+            if name != "lib"
+        }
 
     for dtype, _ in ways():
         results = jax.jit(every)(jnp.asarray(x, dtype), jnp.asarray(p, dtype))
@@ -136,7 +141,9 @@ def learned(case: Case) -> None:
                 out[space] = means.coarse[0], means.counts[0]
                 for name, base in BASES.items():
                     free = lambda x, p, c, base=base: hierarchy.hierarchical(base, x, (p, c), y, weights, len(p))[0]
-                    tied = lambda x, p, base=base, space=space: hierarchy.hierarchical(base, x, (p, *hierarchy.tie(p, above, len(p), space)), y, weights, len(p))[0]
+                    tied = lambda x, p, base=base, space=space: hierarchy.hierarchical(
+                        base, x, (p, *hierarchy.tie(p, above, len(p), space)), y, weights, len(p)
+                    )[0]
                     out[name, space] = jax.value_and_grad(free, (0, 1, 2))(x, p, means.coarse[0]), jax.value_and_grad(tied, (0, 1))(x, p)
             return {"/".join(k) if isinstance(k, tuple) else k: v for k, v in out.items()}
 
@@ -170,7 +177,9 @@ def clusters(case: Case) -> None:
             for end, got in zip(("1", "conv"), found, strict=True):
                 np.testing.assert_array_equal(got.assign, case[f"{policy}_assign_{end}"], err_msg=f"{policy} {end} {dtype}")
                 np.testing.assert_array_equal(got.counts, case[f"{policy}_count_{end}"])
-                np.testing.assert_allclose(got.centroids, case[f"{policy}_coarse_{end}"], rtol=0, atol=1e-10 if dtype == "float64" else 1e-5)
+                np.testing.assert_allclose(
+                    got.centroids, case[f"{policy}_coarse_{end}"], rtol=0, atol=1e-10 if dtype == "float64" else 1e-5
+                )
             inertia = np.square(fine - np.asarray(got.centroids, np.float64)[np.asarray(got.assign)]).sum()
             np.testing.assert_allclose(inertia, case[f"{policy}_inertia_conv"], rtol=1e-9 if dtype == "float64" else 1e-5)
             if policy == "keep" and "sk_labels" in case:
@@ -226,7 +235,9 @@ def _schedule(base: Callable, mode: str, labels: np.ndarray, period: int, given:
 
 def _compare_schedule(case: Case, got: dict, dtype: str, period: int, mode: str) -> None:
     exact, until = dtype == "float64", None if dtype == "float64" else period
-    close = partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-9) if exact else partial(np.testing.assert_allclose, rtol=5e-3, atol=1e-4)
+    close = (
+        partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-9) if exact else partial(np.testing.assert_allclose, rtol=5e-3, atol=1e-4)
+    )
     np.testing.assert_array_equal(got["first"].assign, case["assign0"])
     close(got["first"].centroids, case["coarse0"])
     close(got["losses"][:until], case["losses"][:until])
@@ -263,7 +274,9 @@ def optimiser(case: Case) -> None:
             updates, state = tx.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), value
 
-        (final, _), losses = jax.jit(partial(lax.scan, step))((params, tx.init(params)), (jnp.asarray(case["x_in"], dtype), jnp.asarray(labels)))
+        (final, _), losses = jax.jit(partial(lax.scan, step))(
+            (params, tx.init(params)), (jnp.asarray(case["x_in"], dtype), jnp.asarray(labels))
+        )
         exact = dtype == "float64"
         np.testing.assert_allclose(losses, case["losses"], rtol=1e-8 if exact else 1e-3)
         for name, leaf in (("b_final", "backbone"), ("w_final", "head"), ("proxies_final", "proxies")):

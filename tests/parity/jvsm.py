@@ -3,6 +3,7 @@
 Losses and composition run in float64 on 1, 2, 4 and 8 devices and in float32 on 1 and 8; a batch that does not divide is filled up with rows
 of large numbers that are marked invalid, so a mask that leaks is seen.
 """
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,7 +46,10 @@ def everywhere(f: Callable, rows: dict[str, np.ndarray], others: Any, compare: C
             for devices in DEVICES[dtype]:
                 mesh = make_mesh(MeshOptions(), jax.devices()[:devices])
                 size = -(-count // devices) * devices
-                filled = {k: np.pad(v, [(0, size - count), *[(0, 0)] * (v.ndim - 1)], constant_values=1e3 if v.dtype.kind == "f" else -1) for k, v in rows.items()}
+                filled = {
+                    k: np.pad(v, [(0, size - count), *[(0, 0)] * (v.ndim - 1)], constant_values=1e3 if v.dtype.kind == "f" else -1)
+                    for k, v in rows.items()
+                }
                 cast = lambda x, dtype=dtype: np.asarray(x, dtype if np.asarray(x).dtype.kind == "f" else None)
                 split, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, jax.P())
                 placed = jax.device_put(({k: cast(v) for k, v in filled.items()}, np.arange(size) < count), split)
@@ -79,7 +83,12 @@ def bidirectional_match(case: Case) -> None:
 def gated(case: Case, bn: bool) -> tuple[dict, dict]:
     """Our parameters and running statistics of a composition in the files' names."""
     dense = lambda w, b: {"kernel": case[w].T, "bias": case[b]}
-    params: dict[str, Any] = {"a": case["a"][:2], "gate": dense("gate_w", "gate_b"), "res_in": dense("res_w1", "res_b1"), "res_out": dense("res_w2", "res_b2")}
+    params: dict[str, Any] = {
+        "a": case["a"][:2],
+        "gate": dense("gate_w", "gate_b"),
+        "res_in": dense("res_w1", "res_b1"),
+        "res_out": dense("res_w2", "res_b2"),
+    }
     stats = {}
     if bn:
         params |= {f"{name}_norm": {"scale": case[f"{name}_bn_scale"], "bias": case[f"{name}_bn_bias"]} for name in ("gate", "res")}
@@ -88,7 +97,11 @@ def gated(case: Case, bn: bool) -> tuple[dict, dict]:
 
 
 def tirg_compose(case: Case) -> None:
-    train = "train" in case.path.name if "train" in case.path.name or "eval" in case.path.name else bool((case["gate_bn_mean_after"] != case["gate_bn_mean"]).any())
+    train = (
+        "train" in case.path.name
+        if "train" in case.path.name or "eval" in case.path.name
+        else bool((case["gate_bn_mean_after"] != case["gate_bn_mean"]).any())
+    )
     module = GatedResidual()
     params, stats = gated(case, True)
     unused = (0, len(case["a"]) - 2)  # the published module carries more scalars than it reads
@@ -154,7 +167,9 @@ def jvsm_objective(case: Case) -> None:
             v = [rows[k] @ joint["wv"].T + joint["bv"] for k in ("x_source", "x_target")]
             s = [rows[k] @ joint["wt"].T + joint["bt"] for k in ("t_mod", "t_target", "t_source")]
             q = module.apply({"params": params}, v[0], s[0])
-            terms = losses.jvsm(q, v[1], v[0], s[1], s[2], Ids(*[jnp.where(valid, jnp.arange(len(q)), -1)] * 5), weights=weights, margin=margin)
+            terms = losses.jvsm(
+                q, v[1], v[0], s[1], s[2], Ids(*[jnp.where(valid, jnp.arange(len(q)), -1)] * 5), weights=weights, margin=margin
+            )
             return terms.total, (terms, PerRow([*v, *s, q]))
 
         (_, aux), (rows, *rest) = jax.value_and_grad(value, (0, 1, 2), has_aux=True)(rows, params, joint)
@@ -189,14 +204,28 @@ def text_lstm(case: Case) -> None:
     mask = np.arange(case["token_ids"].shape[1]) < case["lengths"][:, None]
     np.testing.assert_array_equal((ids > 0).sum(1), case["lengths"], err_msg="lengths")
 
-    params = {"embed": case["embedding"], "lstm_in": case["w_ih"].T, "lstm_hidden": case["w_hh"].T, "lstm_bias": case["b_ih"] + case["b_hh"]}
+    params = {
+        "embed": case["embedding"],
+        "lstm_in": case["w_ih"].T,
+        "lstm_hidden": case["w_hh"].T,
+        "lstm_bias": case["b_ih"] + case["b_hh"],
+    }
     params |= {"start_hidden": case["h0"], "start_cell": np.zeros_like(case["h0"])}
     head = {"head": {"kernel": case["fc_w"].T, "bias": case["fc_b"]}}
     base = LstmOptions(vocab_size=len(vocab), word_dim=case["embedding"].shape[1], width=len(case["h0"]))
-    pools = {"out_ref": base._replace(pool="last", head=len(case["fc_b"])), "pooled_max_masked": base, "pooled_max_zero_padded": base._replace(pool_padding="zero")}
+    pools = {
+        "out_ref": base._replace(pool="last", head=len(case["fc_b"])),
+        "pooled_max_masked": base,
+        "pooled_max_zero_padded": base._replace(pool_padding="zero"),
+    }
 
     def f(rows: dict, params: dict, valid: jax.Array) -> dict:
-        out = {name: Lstm(o).apply({"params": params if o.head else {k: v for k, v in params.items() if k != "head"}}, rows["tokens"], rows["mask"]) for name, o in pools.items()}
+        out = {
+            name: Lstm(o).apply(
+                {"params": params if o.head else {k: v for k, v in params.items() if k != "head"}}, rows["tokens"], rows["mask"]
+            )
+            for name, o in pools.items()
+        }
         return PerRow({name: tower.pooled for name, tower in out.items()} | {"hidden_sequence": out["out_ref"].tokens})
 
     def compare(out: dict, tolerance: dict) -> None:
@@ -222,8 +251,12 @@ def composed_retrieval(case: Case) -> None:
             for rule in exact._fields:
                 prefix = f"{right_name}_{kept}"
                 np.testing.assert_array_equal(getattr(exact, rule), case[f"{prefix}_rank_{rule}"], err_msg=f"{prefix} {rule}")
-                np.testing.assert_array_equal(getattr(streamed, rule)[fair], getattr(exact, rule)[fair], err_msg=f"streamed {prefix} {rule}")
-                np.testing.assert_allclose(recall_at(getattr(exact, rule), ks), case[f"{prefix}_recall_{rule}"], rtol=0, atol=1e-12, err_msg=prefix)
+                np.testing.assert_array_equal(
+                    getattr(streamed, rule)[fair], getattr(exact, rule)[fair], err_msg=f"streamed {prefix} {rule}"
+                )
+                np.testing.assert_allclose(
+                    recall_at(getattr(exact, rule), ks), case[f"{prefix}_recall_{rule}"], rtol=0, atol=1e-12, err_msg=prefix
+                )
 
 
 def fashion200k_text(case: Case) -> None:

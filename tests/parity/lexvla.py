@@ -1,4 +1,5 @@
 """LexVLA: head, adapters, losses and penalties in float64 and float32, on 1 to 8 devices; schedules, sparse vectors, metrics, PatchDis."""
+
 from typing import Any
 
 import jax
@@ -108,11 +109,16 @@ def sparsify(case: Case) -> None:
             near((rows @ case["Q"].T).T, case["scores"], "scores", atol=1e-5)
 
 
-def head_terms(z_img: jax.Array, Z_img: jax.Array, z_txt: jax.Array, Z_txt: jax.Array, c_img: jax.Array, c_txt: jax.Array) -> dict[str, Any]:
+def head_terms(
+    z_img: jax.Array, Z_img: jax.Array, z_txt: jax.Array, Z_txt: jax.Array, c_img: jax.Array, c_txt: jax.Array
+) -> dict[str, Any]:
     image = lambda z, Z: lexical.vectors(lexical.max_logits(z, Z))
     text = lambda z, Z: lexical.vectors(lexical.logits(z, Z))
     plain = lambda z, Z: lexical.vectors(jnp.max(lexical.logits(z, Z), 1))
-    out = {f"{way}_grads": jax.grad(lambda z, Z, f=f: jnp.sum(f(z, Z) * c_img), (0, 1))(z_img, Z_img) for way, f in (("fused", image), ("plain", plain))}
+    out = {
+        f"{way}_grads": jax.grad(lambda z, Z, f=f: jnp.sum(f(z, Z) * c_img), (0, 1))(z_img, Z_img)
+        for way, f in (("fused", image), ("plain", plain))
+    }
     return out | {
         "logits_img": lexical.logits(z_img, Z_img), "logits_txt": lexical.logits(z_txt, Z_txt), "s_img_all": image(z_img, Z_img),
         "s_img_patches": image(z_img[:, 1:], Z_img), "s_patch": text(z_img[:, 1:], Z_img), "s_txt": text(z_txt, Z_txt), "s_word": text(Z_txt, Z_txt),
@@ -193,7 +199,10 @@ def patchdis_file(case: Case) -> None:
     labels, (rows, columns), patch, classes = case["gt_pixels"], case["grid"], int(case["patch"]), len(case["s_class"])
     shaped = case["s_patch"].reshape(len(labels), rows, columns, -1)
     present = patchdis.present_classes(labels, classes)
-    chosen = {"pixel": patchdis.classify(shaped, case["s_class"]), "present": patchdis.classify(shaped, case["s_class"], present[:, None, None])}
+    chosen = {
+        "pixel": patchdis.classify(shaped, case["s_class"]),
+        "present": patchdis.classify(shaped, case["s_class"], present[:, None, None]),
+    }
     np.testing.assert_array_equal(chosen["pixel"], case["pred_all"])
     np.testing.assert_array_equal(chosen["present"], case["pred_present"])
     voted = patchdis.to_patches(labels, patch)

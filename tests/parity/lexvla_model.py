@@ -1,4 +1,5 @@
 """The towers of LexVLA from the files' own names, through the method itself: prompts with and without what they share, and a whole step of training."""
+
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ from tests.parity.case import Case, Check, has
 from tests.parity.lexvla import adapter_options, adapter_params, near
 
 TARGETS = r"^text/blocks/(attn/(q|k|v|out)|mlp/(up|gate|down))/kernel$"
-NAMES = {**{f"self_attn.{k}_proj": f"attn/{ours}" for k, ours in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out"))}, **{f"mlp.{k}_proj": f"mlp/{k}" for k in ("up", "gate", "down")}}
+NAMES = {
+    **{f"self_attn.{k}_proj": f"attn/{ours}" for k, ours in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out"))},
+    **{f"mlp.{k}_proj": f"mlp/{k}" for k in ("up", "gate", "down")},
+}
 NO_IMAGE = VitOptions(variant="", patch=4, width=8, depth=1, heads=1, mlp_dim=8)
 
 
@@ -124,7 +128,10 @@ class Step:
         text, base = decoder(towers)
         pixels = case["pixel_values"].transpose(0, 2, 3, 1)
         conv = case["dino:embeddings.patch_embeddings.projection.weight"]
-        registers, depth = int(case["num_register_tokens"]), 1 + max(int(n.split(".")[2]) for n in case if n.startswith("dino:encoder.layer."))
+        registers, depth = (
+            int(case["num_register_tokens"]),
+            1 + max(int(n.split(".")[2]) for n in case if n.startswith("dino:encoder.layer.")),
+        )
         config = {"model_type": "dinov2_with_registers" if registers else "dinov2", "hidden_size": len(conv), "num_hidden_layers": depth, "num_attention_heads": 4,
                   "patch_size": conv.shape[2], "image_size": pixels.shape[1], "mlp_ratio": len(case["dino:encoder.layer.0.mlp.fc1.bias"]) // len(conv)}  # fmt: skip
         config |= {"num_register_tokens": registers} if registers else {}
@@ -153,11 +160,22 @@ def train_step(case: Case) -> None:
         every, registers = case["dino_last_hidden"], int(case["num_register_tokens"])
         x = lexical_vit(step.params, step.batch)
         near(x, np.delete(every, np.s_[1 : 1 + registers], 1), "tokens", atol=2e-4, rtol=1e-4)
-        near(jax.jit(lambda p, x: lexical.Adapter(adapter_options(p, 4)).apply({"params": p}, x))(step.params["adapter"], x), case["z_img"], "z_img", 2e-4, 2e-5)
+        near(
+            jax.jit(lambda p, x: lexical.Adapter(adapter_options(p, 4)).apply({"params": p}, x))(step.params["adapter"], x),
+            case["z_img"],
+            "z_img",
+            2e-4,
+            2e-5,
+        )
 
         for options in ({}, {"prefix": step.prefix}):
             f = jax.value_and_grad(step.method(**options).loss, has_aux=True)
-            compare_step(case, step, jax.jit(lambda p, b, f=f: (f(p, memory, b, None), method.encode(p, b, None)))(step.params, step.batch), f"{options}")
+            compare_step(
+                case,
+                step,
+                jax.jit(lambda p, b, f=f: (f(p, memory, b, None), method.encode(p, b, None)))(step.params, step.batch),
+                f"{options}",
+            )
         for sizes in ((2, 1, 1), (4, 1, 1), (2, 2, 2)):
             if len(step.batch["image"]) % (sizes[0] * sizes[1]):
                 continue
@@ -192,12 +210,16 @@ def compare_step(case: Case, step: Step, got: Any, where: str) -> None:
     def same(got: Any, want: Any, name: str) -> None:
         near(got, want, f"gradient of {name}, {where}", atol=1e-4 * max(np.abs(want).max(), 1e-3))
 
-    for (path, want), leaf in zip(jax.tree_util.tree_leaves_with_path(adapter_params(case, "grad:adapter:")), jax.tree.leaves(grads["adapter"]), strict=True):
+    for (path, want), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(adapter_params(case, "grad:adapter:")), jax.tree.leaves(grads["adapter"]), strict=True
+    ):
         same(leaf, want, jax.tree_util.keystr(path))
     same(grads["image_codebook"][:V], case["grad:Z_img"], "Z_img")
     assert not grads["image_codebook"][V:].any()
     same(grads["t"], case["grad:log_scale"], "t")
-    for (path, want), leaf in zip(jax.tree_util.tree_leaves_with_path(adapters(case, step.text.depth, "grad:")), jax.tree.leaves(grads["lora"]), strict=True):
+    for (path, want), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(adapters(case, step.text.depth, "grad:")), jax.tree.leaves(grads["lora"]), strict=True
+    ):
         same(leaf, want, jax.tree_util.keystr(path))
     assert not np.any(grads["text_codebook"])
     assert not any(map(np.any, jax.tree.leaves(grads["image"])))
@@ -206,7 +228,11 @@ def compare_step(case: Case, step: Step, got: Any, where: str) -> None:
 def trajectory(case: Case, step: Step, method: Method, memory: dict) -> None:
     """`losses`, each before the step that follows it, under the optimiser that the recipe of the paper names."""
     groups = lora.groups(((r"^(adapter|image_codebook|t$)", 1.0),))
-    tx = make_optimizer(OptimOptions(learning_rate=5e-4, schedule="constant", b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=0.0, groups=groups), step.params, 10)
+    tx = make_optimizer(
+        OptimOptions(learning_rate=5e-4, schedule="constant", b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=0.0, groups=groups),
+        step.params,
+        10,
+    )
 
     def one(carry: tuple, _: None) -> tuple:
         params, state = carry

@@ -1,4 +1,5 @@
 """Retrieval and clustering metrics: ranks exactly, numbers to 1e-12; the streamed route against the exact one."""
+
 import warnings
 
 import numpy as np
@@ -20,7 +21,9 @@ def compare_ranks(case: Case, ranks: ranking.Ranks, ks: np.ndarray, prefix: str 
             close(ranking.median_rank(rank), case[f"{prefix}median_rank_{rule}"], rule)
 
 
-def compare_streamed(scores: np.ndarray, query_group: np.ndarray, gallery_group: np.ndarray, ranks: ranking.Ranks, own: bool = False) -> None:
+def compare_streamed(
+    scores: np.ndarray, query_group: np.ndarray, gallery_group: np.ndarray, ranks: ranking.Ranks, own: bool = False
+) -> None:
     """The streamed route meets the scores themselves: against a gallery of unit vectors a row of scores is its own product.
 
     Scores that float32 cannot tell apart but float64 can (none, in most files) make a query's ranks incomparable.

@@ -3,6 +3,7 @@
 In float32; all of it but the trajectory also with the batch split over as many of 2, 4 and 8 devices as it divides over. Its terms
 alone are in `tcl_terms.py`.
 """
+
 import contextlib
 import itertools
 import json
@@ -60,7 +61,9 @@ class Tiny:
         # The files keep views of integer buffers, so that in `sd` the pointer and the ids are as the call left them.
         self.memory["pointer"] = np.int32(c["ptr0"])
         if retrieval:  # its files keep the parts of pre-training that the loss has no use for
-            left = list(albef_state.unknown(self.state, {**self.shapes[0], **self.rest()}, self.shapes[1]["teacher"], text_layers=self.depth))
+            left = list(
+                albef_state.unknown(self.state, {**self.shapes[0], **self.rest()}, self.shapes[1]["teacher"], text_layers=self.depth)
+            )
             assert all(re.match(r"(text_encoder_m|text_encoder)\.", name) for name in left), left
         else:
             assert not albef_state.unknown(self.state, {**self.shapes[0], **self.rest()}, self.shapes[1]["teacher"], text_layers=self.depth)
@@ -145,7 +148,9 @@ def e2e_pretrain(case: Case) -> None:
     tiny.memory = at_alpha(tiny.memory, case["alpha"])
     c, batch, draws = tiny.config, batch_of(case), draws_of(case)
     assert math.isclose(tiny.options.momentum, case["momentum"], rel_tol=1e-6)
-    want = albef_state.tree({n.removeprefix("grad/"): case[n] for n in case if n.startswith("grad/")}, tiny.shapes[0], text_layers=tiny.depth)
+    want = albef_state.tree(
+        {n.removeprefix("grad/"): case[n] for n in case if n.startswith("grad/")}, tiny.shapes[0], text_layers=tiny.depth
+    )
     for (loss, (aux, way, encoded)), grads in whole_step(tiny, batch, draws):
         now = way["views"]
         for name, ours in LOSSES.items():
@@ -168,7 +173,11 @@ def e2e_pretrain(case: Case) -> None:
             state(after[f"{kind}_queue"].T, case[f"{kind}_queue_after"], kind)
         some = {name.removeprefix("ema_after/"): case[name] for name in case if name.startswith("ema_after/")}
         flat = {path_str(path): x for path, x in jax.tree_util.tree_leaves_with_path(after["teacher"])}
-        ours = {albef_state.theirs(n, text_layers=tiny.depth, teacher=True): n for n in albef_state.NAMES if "{i}" not in n.theirs and "{u}" not in n.theirs}
+        ours = {
+            albef_state.theirs(n, text_layers=tiny.depth, teacher=True): n
+            for n in albef_state.NAMES
+            if "{i}" not in n.theirs and "{u}" not in n.theirs
+        }
         for name, value in some.items():
             state(flat[ours[name].ours], ours[name].transform.ours(value), name, atol=1e-6)
         compare_gradients(tiny, grads, want)
@@ -203,7 +212,16 @@ def groups(case, tiny):
 def trajectory(case: Case) -> None:
     """AdamW with the published groups; float32 throughout."""
     tiny = Tiny(case)
-    optim = OptimOptions(learning_rate=float(case["lr"]), schedule="constant", weight_decay=float(case["weight_decay"]), b1=0.9, b2=0.999, eps=1e-8, clip_norm=0.0, decay=DECAYED)
+    optim = OptimOptions(
+        learning_rate=float(case["lr"]),
+        schedule="constant",
+        weight_decay=float(case["weight_decay"]),
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        clip_norm=0.0,
+        decay=DECAYED,
+    )
     steps = len(case["steps/alpha"])
     tx = make_optimizer(optim, tiny.shapes[0], steps)
 
@@ -251,8 +269,14 @@ def e2e_retrieval(case: Case) -> None:
         close(in_order(way["itm_logits"]), case["itm_logits"], "itm_logits", rtol=1e-4, atol=1e-4)
         np.testing.assert_array_equal(aux["memory"]["id_queue"][None], case["idx_queue_after"])
         assert int(aux["memory"]["pointer"]) == int(case["queue_ptr_after"][0])
-        want = {"temperature": case["grad_temp"], "image_proj": {"kernel": case["grad_vision_proj"].T}, "text_proj": {"kernel": case["grad_text_proj"].T}}
-        compare_gradients(tiny, {"temperature": grads["temperature"], **{k: {"kernel": grads[k]["kernel"]} for k in ("image_proj", "text_proj")}}, want)
+        want = {
+            "temperature": case["grad_temp"],
+            "image_proj": {"kernel": case["grad_vision_proj"].T},
+            "text_proj": {"kernel": case["grad_text_proj"].T},
+        }
+        compare_gradients(
+            tiny, {"temperature": grads["temperature"], **{k: {"kernel": grads[k]["kernel"]} for k in ("image_proj", "text_proj")}}, want
+        )
     re_ranked(case, tiny, batch)
 
 

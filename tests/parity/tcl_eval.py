@@ -1,4 +1,5 @@
 """What surrounds the method in ALBEF and TCL: captions, RandAugment, position tables, ranks of re-scored candidates."""
+
 from typing import Any
 
 import jax

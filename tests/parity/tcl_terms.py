@@ -2,6 +2,7 @@
 
 In float32 and float64, and with the batch split over as many of 2, 4 and 8 devices as it divides over.
 """
+
 import math
 from functools import cache, partial
 
@@ -70,7 +71,10 @@ def one_hot_alignment(v, t, v_m, t_m, *rest):
 def similarities(c, tau):
     wide = lambda name: np.float64(c(name))
     V, T = (np.concatenate([wide(f"{k}_feat_m"), wide(f"{k}_queue").T]) for k in ("image", "text"))
-    return {"i2t": (wide("image_feat") @ T.T / tau, wide("image_feat_m") @ T.T / tau), "t2i": (wide("text_feat") @ V.T / tau, wide("text_feat_m") @ V.T / tau)}
+    return {
+        "i2t": (wide("image_feat") @ T.T / tau, wide("image_feat_m") @ T.T / tau),
+        "t2i": (wide("text_feat") @ V.T / tau, wide("text_feat_m") @ V.T / tau),
+    }
 
 
 def softmax(x):
@@ -165,7 +169,9 @@ def mlm_losses(logits, teacher, labels, alpha):
 
 def masked_language_model(c):
     masked, wanted_grad = (c("labels") != -100).any(), c("grad_logits")
-    for where, ((_, got), (grad,)) in everywhere(mlm_losses, [c("logits"), c("teacher_logits"), np.int32(c("labels"))], (float(c("alpha")),), (0,)):
+    for where, ((_, got), (grad,)) in everywhere(
+        mlm_losses, [c("logits"), c("teacher_logits"), np.int32(c("labels"))], (float(c("alpha")),), (0,)
+    ):
         for name, value in got.items():
             want = c(name)  # where nothing is masked the published code divides by zero
             close(value, want if masked else 0.0, f"{name}, {where}")
@@ -201,7 +207,12 @@ def ema(case: Case) -> None:
 
 
 # Table 8 of the specification and its downstream recipes: peak, end and start of the warm-up, and its steps.
-RATES = {"pretrain": (1e-4, 1e-5, 1e-5, 2000), "retrieval": (1e-5, 1e-6, 1e-5, 0), "nlvr_or_ve": (2e-5, 1e-6, 1e-5, 100), "vqa": (2e-5, 1e-6, 1e-5, 400)}
+RATES = {
+    "pretrain": (1e-4, 1e-5, 1e-5, 2000),
+    "retrieval": (1e-5, 1e-6, 1e-5, 0),
+    "nlvr_or_ve": (2e-5, 1e-6, 1e-5, 100),
+    "vqa": (2e-5, 1e-6, 1e-5, 400),
+}
 
 
 def lr_schedule(case: Case) -> None:
@@ -210,7 +221,13 @@ def lr_schedule(case: Case) -> None:
         epoch, steps = case[f"{kind}/epoch"], len(case[f"{kind}/lr"])
         np.testing.assert_array_equal(case[f"{kind}/iter"], np.concatenate([np.arange(n) for n in np.bincount(epoch)]))
         options = OptimOptions(
-            learning_rate=peak, schedule="epochs", epochs=int(epoch.max()) + 1, end_factor=end / peak, warmup_from=start / peak, warmup_steps=warmup, warmup_every=100
+            learning_rate=peak,
+            schedule="epochs",
+            epochs=int(epoch.max()) + 1,
+            end_factor=end / peak,
+            warmup_from=start / peak,
+            warmup_steps=warmup,
+            warmup_every=100,
         )
         got = jax.jit(jax.vmap(learning_rate(options, steps)))(np.arange(steps))
         close(got, case[f"{kind}/lr"], kind, rtol=2e-6, atol=0)

@@ -2,6 +2,7 @@
 
 A new family is one import and one line of FAMILIES: a dict from the name of a kind to its Check.
 """
+
 import os
 from pathlib import Path
 

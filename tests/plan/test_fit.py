@@ -1,4 +1,5 @@
 """Plans against what really happens: the memory of a real step, a compiler that dies or hangs, configs that cannot run where they are sent."""
+
 import json
 import re
 import subprocess
@@ -37,7 +38,9 @@ def high_water() -> int:
     return int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))) * 1024
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the high-water mark of a process and takes it back")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the high-water mark of a process and takes it back"
+)
 def test_the_plan_is_within_15_percent_of_what_a_real_step_takes(plan):
     recipe = configs.read(configs.load(QUICK, SMALL))
     mesh = make_mesh(recipe.mesh)
@@ -91,7 +94,9 @@ def test_one_compile_searches_nothing():
 def test_a_compiler_that_dies_or_hangs_is_told(monkeypatch):
     cpu, config = chips.topology("cpu:2"), configs.load(QUICK).to_dict()
     run = subprocess.run
-    instead = lambda script: monkeypatch.setattr(outside.subprocess, "run", lambda command, **how: run([sys.executable, "-c", script], **how))
+    instead = lambda script: monkeypatch.setattr(
+        outside.subprocess, "run", lambda command, **how: run([sys.executable, "-c", script], **how)
+    )
     instead("import os; print('libtpu says no', flush=True); os.abort()")
     with pytest.raises(ValueError, match=r"(?s)killed by signal 6; its last words:\nlibtpu says no"):
         outside.compile_for(config, cpu, limit=60)
@@ -107,7 +112,9 @@ def test_a_compiler_that_dies_or_hangs_is_told(monkeypatch):
 def test_what_the_compiler_says_of_memory_is_read():
     said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
     assert outside.exceeded(said, 1) == 20.5 * 2**30
-    early = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (200M) exceeds available HBM (15.75G)."
+    early = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (200M) exceeds available HBM (15.75G)."
+    )
     assert outside.exceeded(early, 1) == 200 * 2**20 + 1
     assert outside.exceeded("RESOURCE_EXHAUSTED: something else", 1) == 0
 
@@ -121,7 +128,11 @@ def test_what_the_compiler_says_of_memory_is_read():
         ("h100:", "", r"one number of devices, as in h100:8"),
         ("h100:8", "mesh.fsdp=3", r"config.mesh is .*does not fill 8 devices: 3 must divide"),
         ("h100:8", "train.batch_size=100", r"config.train.batch_size is 100; to be split over data\*fsdp = 8 it must be a multiple of 8"),
-        ("h100:64", "image.width=99 --config.mesh.fsdp=64", r"(?s)cannot shard:\n .*params/image/.* of size 99 does not divide over fsdp = 64"),
+        (
+            "h100:64",
+            "image.width=99 --config.mesh.fsdp=64",
+            r"(?s)cannot shard:\n .*params/image/.* of size 99 does not divide over fsdp = 64",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_an_error_that_names_it(capsys, topology, override, words):

@@ -1,4 +1,5 @@
 """The parser of compiled programs against programs whose transfers are known, and against what it must not guess."""
+
 from functools import partial
 
 import jax
@@ -43,7 +44,13 @@ def test_nested_loops_multiply():
     [
         ("all-gather", partial(lax.all_gather, axis_name="fsdp", tiled=True), P("data"), ROWS * 2, ROWS),
         ("reduce-scatter", partial(lax.psum_scatter, axis_name="fsdp", tiled=True), P(("data", "fsdp")), ROWS, ROWS / 2),
-        ("all-to-all", partial(lax.all_to_all, axis_name="fsdp", split_axis=0, concat_axis=0, tiled=True), P(("data", "fsdp")), ROWS, ROWS / 2),
+        (
+            "all-to-all",
+            partial(lax.all_to_all, axis_name="fsdp", split_axis=0, concat_axis=0, tiled=True),
+            P(("data", "fsdp")),
+            ROWS,
+            ROWS / 2,
+        ),
         ("collective-permute", partial(lax.ppermute, axis_name="fsdp", perm=[(0, 1), (1, 0)]), P(("data", "fsdp")), ROWS, ROWS),
     ],
 )
@@ -132,5 +139,7 @@ def test_groups_that_are_written_in_an_unknown_way_are_an_error():
     ],
 )
 def test_groups_named_by_the_axes_of_a_mesh(named, groups):
-    i = hlo.Instruction("x", "f32[2]", "all-gather", "%y", f", channel_id=82, replica_groups={named}, dimensions={{1}}, use_global_device_ids=true")
+    i = hlo.Instruction(
+        "x", "f32[2]", "all-gather", "%y", f", channel_id=82, replica_groups={named}, dimensions={{1}}, use_global_device_ids=true"
+    )
     assert hlo._groups(i, {"data": 2, "fsdp": 3}) == (groups, True)

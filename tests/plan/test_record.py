@@ -1,4 +1,5 @@
 """The plan that is kept with a run, and the table of the large recipes."""
+
 import json
 from types import SimpleNamespace
 
@@ -13,7 +14,9 @@ from jaxvl.plan import chips, record, scale, shapes
 QUICK = "configs/clip_quickstart.py"
 
 
-@pytest.mark.parametrize(("kind", "name"), [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v6 lite", "v6e"), ("NVIDIA H100 80GB HBM3", "h100"), ("cpu", "cpu")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v6 lite", "v6e"), ("NVIDIA H100 80GB HBM3", "h100"), ("cpu", "cpu")]
+)
 def test_a_device_is_known_by_jaxs_name_of_it(kind, name):
     found = chips.here(kind, 4, 0)
     assert (found.name, found.chip.hbm) == (f"{name}:4", chips.CHIPS[name].hbm)
@@ -53,7 +56,13 @@ def test_a_program_that_cannot_be_read_stops_no_run(tmp_path):
 
 def test_the_table_reads_again_what_it_has_and_tells_where_a_number_is_from(tmp_path, monkeypatch):
     made, make = {}, scale.fit.make  # one that fails is no plan, and made anew
-    monkeypatch.setattr(scale.fit, "make", lambda config, *rest, **how: made.get(config.train.batch_size) or made.setdefault(config.train.batch_size, make(config, *rest, **how)))
+    monkeypatch.setattr(
+        scale.fit,
+        "make",
+        lambda config, *rest, **how: (
+            made.get(config.train.batch_size) or made.setdefault(config.train.batch_size, make(config, *rest, **how))
+        ),
+    )
     rows = [scale.Row(QUICK, "h100:8", ("train.batch_size=16",)), scale.Row(QUICK, "h100:8", ("train.batch_size=17",))]
     first = scale.table(tmp_path, limit=1, estimate=False, rows=rows[:1])
     assert "| clip_quickstart | h100:8 | 16 |" in first and first.endswith("model |")

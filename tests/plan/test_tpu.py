@@ -1,4 +1,5 @@
 """A TPU that nobody has: what libtpu makes of a step. Skipped where libtpu is not installed (pip install 'jaxvl[tpu-plan]')."""
+
 import importlib.util
 import os
 from pathlib import Path
@@ -9,7 +10,9 @@ from jaxvl import config as configs
 from jaxvl.plan import chips, fit, outside
 
 QUICK = str(Path(__file__).resolve().parents[2] / "configs" / "clip_quickstart.py")
-pytestmark = pytest.mark.skipif(not (importlib.util.find_spec("libtpu") or os.environ.get("TPU_LIBRARY_PATH")), reason="libtpu is not installed: " + outside.ABSENT)
+pytestmark = pytest.mark.skipif(
+    not (importlib.util.find_spec("libtpu") or os.environ.get("TPU_LIBRARY_PATH")), reason="libtpu is not installed: " + outside.ABSENT
+)
 
 
 def test_a_step_is_compiled_for_an_absent_tpu():

@@ -13,9 +13,7 @@ def test_work_done_twice_is_lost(tmp_path):
     sessions = [*resume(sessions, 100), session(100, 250, {"compute": 150.0, "restart": 5.0})]
     save_sessions(tmp_path, sessions)
     total = account(read_sessions(tmp_path))
-    assert total == pytest.approx(
-        dict.fromkeys(KINDS, 0.0) | {"compute": 250.0, "data": 20.0, "eval": 9.0, "restart": 5.0, "lost": 36.0}
-    )
+    assert total == pytest.approx(dict.fromkeys(KINDS, 0.0) | {"compute": 250.0, "data": 20.0, "eval": 9.0, "restart": 5.0, "lost": 36.0})
     # An older checkpoint takes steps from both sessions; the rest of a session counts as before.
     assert account(resume(sessions, 50))["compute"] == pytest.approx(50.0)
     assert account(resume(sessions, 200))["compute"] == pytest.approx(200.0)

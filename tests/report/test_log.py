@@ -204,9 +204,7 @@ def test_misuse_is_told(tmp_path):
         log.step(1, {"loss": jnp.zeros(2)})
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("every", 0), ("peak_flops", -1.0), ("watchdog", 0.5), ("watchdog_floor", 0.0)]
-)
+@pytest.mark.parametrize(("key", "value"), [("every", 0), ("peak_flops", -1.0), ("watchdog", 0.5), ("watchdog_floor", 0.0)])
 def test_wrong_options_are_named(tmp_path, key, value):
     with (
         pytest.raises(ValueError, match=rf"config\.log\.{key} is {value}; it must be "),
@@ -265,9 +263,7 @@ def test_finish_prints_the_recalls_last(tmp_path, capsys):
         log.write(1, values | {"val/t2i/r@10": np.float32(0.25), "val/images": np.int64(4)})
         path = log.finish()
     out, err = capsys.readouterr()
-    assert (
-        out.splitlines()[-1] == "val: image-to-text R@1/5/10 25.0/25.0/25.0 %, text-to-image R@1/5/10 25.0/25.0/25.0 %"
-    )
+    assert out.splitlines()[-1] == "val: image-to-text R@1/5/10 25.0/25.0/25.0 %, text-to-image R@1/5/10 25.0/25.0/25.0 %"
     assert out.splitlines()[-2] == f"report: {path}" and path.read_text().startswith("<!doctype html>")
     assert "step 1/1 (epoch 0.25)  loss 1  " in err and "compile took" in err
     assert os.listdir(tmp_path / "run" / "tensorboard")

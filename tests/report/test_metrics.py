@@ -24,11 +24,7 @@ def test_a_line_gives_back_every_bit(row):
     back = metrics.decode(line)
     assert list(back) == list(row)
     for old, new in zip(row.values(), back.values(), strict=True):
-        same = (
-            struct.pack("d", old) == struct.pack("d", new)
-            if isinstance(old, float) and not math.isnan(old)
-            else old == new
-        )
+        same = struct.pack("d", old) == struct.pack("d", new) if isinstance(old, float) and not math.isnan(old) else old == new
         assert type(old) is type(new) and (same or (math.isnan(old) and math.isnan(new)))
 
 

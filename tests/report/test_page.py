@@ -49,9 +49,7 @@ def workdir(tmp_path):
             writer.write(step, {"val/i2t/r@1": step / 10, "val/t2i/r@1": step / 20, "zeroshot/accuracy": 0.5})
     writer.close()
     goodput.save_sessions(folder, [goodput.Session(1e9, 0, 8, 8, {"compute": 90.0, "eval": 10.0})])
-    metrics.write_atomic(
-        folder / "facts.json", json.dumps({"config": "seed: <0>", "devices": "8 x cpu", "versions": {"jax": "1.2"}})
-    )
+    metrics.write_atomic(folder / "facts.json", json.dumps({"config": "seed: <0>", "devices": "8 x cpu", "versions": {"jax": "1.2"}}))
     bad = [("a.tar", "k1", "empty"), ("a.tar", "k2", "empty"), ("b\udcff.tar", "k1", "bomb")]
     lines = [metrics.encode(dict(zip(("shard", "key", "reason"), row, strict=True))) for row in bad]
     (folder / "bad-0.jsonl").write_text("".join(line + "\n" for line in lines[:2]))
@@ -152,7 +150,7 @@ def test_a_codebook_has_its_charts(workdir):
     charts = section.split("<figure>")[1:]
     assert len(charts) == len(page.CODES) == len({re.sub("_(image|text)$", "", name) for name in names})
     for chart in charts:
-        assert chart.count("<polyline") + chart.count("<line class=\"line") >= (1 if "agree" in chart else 2)
+        assert chart.count("<polyline") + chart.count('<line class="line') >= (1 if "agree" in chart else 2)
         assert ("<span>" in chart and "text" in chart) or "agree" in chart
     assert "agreement: 50 %" in section
     assert "codes/" not in text.partition("<h2>Curves</h2>")[2].partition("</section>")[0]

@@ -1,4 +1,5 @@
 """Slow hosts and hosts that are waited for, out of what processes post; the posts are made up here, the threads are real in the last test."""
+
 import json
 import time
 
@@ -15,7 +16,10 @@ def looks(slow, times, *, extra, first=1):
     lines = []
     for i in range(first, first + times):
         done = 10 * i
-        hosts = {p: post(i, done, data=(looks.waited + extra * 10 * (i - first + 1)) if p == 1 else 0.0, compute=0.2 * done, host=f"h{p}") for p in range(3)}
+        hosts = {
+            p: post(i, done, data=(looks.waited + extra * 10 * (i - first + 1)) if p == 1 else 0.0, compute=0.2 * done, host=f"h{p}")
+            for p in range(3)
+        }
         lines += slow.look(hosts)
     looks.waited += extra * 10 * times
     return lines
@@ -24,7 +28,9 @@ def looks(slow, times, *, extra, first=1):
 def test_a_slow_host_is_named_once_with_its_lag():
     slow, looks.waited = Slow(), 0.0
     lines = looks(slow, LOOKS + 4, extra=0.15)
-    assert lines == ["slow host: process 1 on h1 holds every step up by 150 of 200 ms (waiting for data 150 ms, host work 1 ms, host to device 0 ms)"]
+    assert lines == [
+        "slow host: process 1 on h1 holds every step up by 150 of 200 ms (waiting for data 150 ms, host work 1 ms, host to device 0 ms)"
+    ]
     assert looks(slow, 2, extra=0.0, first=LOOKS + 5) == ["process 1 on h1 keeps up again"]
     slow, looks.waited = Slow(), 0.0
     assert looks(slow, 9, extra=0.01) == []  # 10 of 200 ms are no reason for a line
@@ -42,8 +48,13 @@ def test_who_is_waited_for():
     fresh = lambda beat: {p: post(beat, 40, host=f"h{p}") for p in range(3)}
     stuck = {**fresh(9), 1: post(9, 39, phase="data", lasted=312, host="h1")}
     assert behind(fresh(7), stuck, 3) == "the others wait for process 1 on h1 (after step 39, in data for 5:12)"
-    assert behind(fresh(7), {**fresh(9), 2: post(9, 40, phase="checkpoint", lasted=60, host="h2")}, 3).startswith("the others wait for process 2 on h2 (after step 40, in checkpoint")
-    assert behind(fresh(7), {**fresh(9), 1: post(7, 39, host="h1")}, 3) == "the others wait for process 1 on h1, which has stopped telling what it does (step 39, compute)"
+    assert behind(fresh(7), {**fresh(9), 2: post(9, 40, phase="checkpoint", lasted=60, host="h2")}, 3).startswith(
+        "the others wait for process 2 on h2 (after step 40, in checkpoint"
+    )
+    assert (
+        behind(fresh(7), {**fresh(9), 1: post(7, 39, host="h1")}, 3)
+        == "the others wait for process 1 on h1, which has stopped telling what it does (step 39, compute)"
+    )
     assert behind({}, fresh(1), 4) == "the others wait for process 3, which has not begun its loop"
     assert behind(fresh(7), fresh(9), 3) == "all 3 processes are at step 40, in compute"
 
@@ -67,7 +78,8 @@ class Shared:
 def test_processes_post_and_one_that_hangs_is_told(monkeypatch):
     shared, since = Shared({}), time.perf_counter()
     peers = [
-        Peers(shared.at(p), p, 2, lambda p=p: Activity(("compute", "data")[p], since, None), lambda p=p: 8 - p, dict, look=0.02) for p in range(2)
+        Peers(shared.at(p), p, 2, lambda p=p: Activity(("compute", "data")[p], since, None), lambda p=p: 8 - p, dict, look=0.02)
+        for p in range(2)
     ]
     end = time.monotonic() + 5
     while len(shared.posts) < 2 and time.monotonic() < end:

@@ -49,10 +49,7 @@ def test_thin_keeps_the_mean_and_the_gaps():
 
 
 def points(svg):
-    return [
-        [tuple(map(float, p.split(","))) for p in line.split()]
-        for line in re.findall(r'polyline[^>]*points="([^"]*)"', svg)
-    ]
+    return [[tuple(map(float, p.split(","))) for p in line.split()] for line in re.findall(r'polyline[^>]*points="([^"]*)"', svg)]
 
 
 def test_lines_are_drawn_to_scale_and_broken_at_gaps():
@@ -95,9 +92,7 @@ def test_strange_values_are_drawn(y):
 
 def test_areas_stack():
     svg = plots.areas("t", [Series("a", [0, 1], [1.0, 1.0]), Series("b", [0, 1], [1.0, 3.0])])
-    lower, upper = (
-        [tuple(map(float, p.split(","))) for p in s.split()] for s in re.findall(r'polygon[^>]*points="([^"]*)"', svg)
-    )
+    lower, upper = ([tuple(map(float, p.split(","))) for p in s.split()] for s in re.findall(r'polygon[^>]*points="([^"]*)"', svg))
     assert lower[:2] == upper[:1:-1]  # b stands on a
     height = [under[1] - over[1] for over, under in zip(upper[:2], upper[:1:-1], strict=True)]
     assert height[1] == pytest.approx(3 * height[0], rel=0.01)

@@ -57,10 +57,7 @@ def test_log_line_splits_the_step():
         "samples_per_s_chip": 600.0,
         "mfu": 0.41,
     }
-    row |= {
-        f"time/{k}_ms": v
-        for k, v in (("step", 10.0), ("data", 1.0), ("transfer", 2.0), ("compute", 6.5), ("other", 0.5))
-    }
+    row |= {f"time/{k}_ms": v for k, v in (("step", 10.0), ("data", 1.0), ("transfer", 2.0), ("compute", 6.5), ("other", 0.5))}
     assert summary.log_line(1500, 6000, row) == (
         "step 1,500/6,000 (epoch 0.50)  loss 1.235  skipped 1,000  1,234 samples/s"
         "  step 10.0 ms = data 1.0 + transfer 2.0 + compute 6.5 + other 0.5  mfu 41.0 %"

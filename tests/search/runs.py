@@ -1,4 +1,5 @@
 """Runs of two-layer towers with random parameters, saved as a training saves them, and pictures to index."""
+
 import json
 from pathlib import Path
 
@@ -18,12 +19,25 @@ LEXVLA = dict(
     method=dict(name="lexvla", adapter_heads=2, mlp1=16, mlp2=16, frozen_image=False), image={**SIZES, "patch": 8}, text={**SIZES, "pool": "last"},
     tokenizer=dict(name="words", vocab_size=512, context_length=24, end=False, prompt='the focus of "{}" lies on', lexicon="ascii_lower_len2"),
 )  # fmt: skip
-CLIP = dict(method=dict(name="clip", width=8), image={**SIZES, "patch": 8}, text=SIZES, tokenizer=dict(name="words", vocab_size=512, context_length=8))
+CLIP = dict(
+    method=dict(name="clip", width=8),
+    image={**SIZES, "patch": 8},
+    text=SIZES,
+    tokenizer=dict(name="words", vocab_size=512, context_length=8),
+)
 
 
 def make_run(workdir: Path, sections: dict, seed: int = 0) -> Path:
     """A run at step 3."""
-    config = configs.complete(ConfigDict({**sections, "train": dict(batch_size=8, steps=3), "data": dict(source="glyphs://train?size=8", image_size=16, workers=0, threads=1)}))
+    config = configs.complete(
+        ConfigDict(
+            {
+                **sections,
+                "train": dict(batch_size=8, steps=3),
+                "data": dict(source="glyphs://train?size=8", image_size=16, workers=0, threads=1),
+            }
+        )
+    )
     recipe = configs.read(config)
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(config.to_json_best_effort(indent=2))

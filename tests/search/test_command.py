@@ -1,4 +1,5 @@
 """`jaxvl search` from a saved run and a folder of pictures, shards or texts to what it prints, against vectors embedded by hand."""
+
 import json
 import shutil
 
@@ -22,7 +23,25 @@ def made(tmp_path_factory):
     pictures = make_pictures(folder / "pictures", PICTURES)
     (folder / "texts.txt").write_text("\n".join([*CAPTIONS, "", "a red dog"]) + "\n")
     for name, run in runs.items():
-        assert cli.main(["search", "index", str(run), str(pictures), "--index", str(folder / f"{name}.index"), "--batch-size", "8", "--pruned", "4", "4", "3"]) == 0
+        assert (
+            cli.main(
+                [
+                    "search",
+                    "index",
+                    str(run),
+                    str(pictures),
+                    "--index",
+                    str(folder / f"{name}.index"),
+                    "--batch-size",
+                    "8",
+                    "--pruned",
+                    "4",
+                    "4",
+                    "3",
+                ]
+            )
+            == 0
+        )
     return folder
 
 
@@ -105,13 +124,24 @@ def test_backends_agree_and_say_what_they_are(made, capsys):
     assert names(told["exact"]) == names(told["device"])
     measured = store.open_index(made / "lexvla.index").measured
     assert told["exact"]["quality"] == told["device"]["quality"] == "exact"
-    assert f"{measured['two-stage/recall@10']:.4f}" in told["two-stage"]["quality"] and f"measured on {PICTURES} items" in told["two-stage"]["quality"]
+    assert (
+        f"{measured['two-stage/recall@10']:.4f}" in told["two-stage"]["quality"]
+        and f"measured on {PICTURES} items" in told["two-stage"]["quality"]
+    )
 
 
 def test_the_table_names_hits_and_words(made, capsys):
-    assert cli.main(["search", "query", str(made / "lexvla.index"), "--text", "a red dog", "--k", "2", "--explain", "--backend", "two-stage"]) == 0
+    assert (
+        cli.main(["search", "query", str(made / "lexvla.index"), "--text", "a red dog", "--k", "2", "--explain", "--backend", "two-stage"])
+        == 0
+    )
     out = capsys.readouterr().out
-    assert "recall@10 against exact search" in out and ".png" in out and " + " in out and len([line for line in out.splitlines() if ".png" in line]) == 2
+    assert (
+        "recall@10 against exact search" in out
+        and ".png" in out
+        and " + " in out
+        and len([line for line in out.splitlines() if ".png" in line]) == 2
+    )
 
 
 @pytest.mark.parametrize("name", ["lexvla", "clip"])
@@ -132,14 +162,35 @@ def test_texts_of_a_file(made, opened, name, tmp_path, capsys):
 
 def test_shards(made, tmp_path, capsys):
     out = tmp_path / "index"
-    assert cli.main(["search", "index", str(made / "lexvla"), "glyphs://val-seen?size=10", "--index", str(out), "--active", "3", "--batch-size", "8"]) == 0
+    assert (
+        cli.main(
+            [
+                "search",
+                "index",
+                str(made / "lexvla"),
+                "glyphs://val-seen?size=10",
+                "--index",
+                str(out),
+                "--active",
+                "3",
+                "--batch-size",
+                "8",
+            ]
+        )
+        == 0
+    )
     index = store.open_index(out)
     assert index.total == 10 and (np.diff(backends.vectors(index).indptr) == 3).all() and ".tar/" in index.name(9)
 
 
 def test_an_export_embeds_as_its_run_did(made, tmp_path, capsys):
     assert cli.main(["export", str(made / "lexvla"), "--format", "safetensors", "--out", str(tmp_path / "model")]) == 0
-    assert cli.main(["search", "index", str(tmp_path / "model"), str(made / "pictures"), "--index", str(tmp_path / "index"), "--batch-size", "8"]) == 0
+    assert (
+        cli.main(
+            ["search", "index", str(tmp_path / "model"), str(made / "pictures"), "--index", str(tmp_path / "index"), "--batch-size", "8"]
+        )
+        == 0
+    )
     ours, theirs = (store.open_index(folder) for folder in (made / "lexvla.index", tmp_path / "index"))
     np.testing.assert_allclose(backends.vectors(theirs).toarray(), backends.vectors(ours).toarray(), atol=1e-6)
     capsys.readouterr()
@@ -154,7 +205,10 @@ def test_an_export_embeds_as_its_run_did(made, tmp_path, capsys):
 def test_another_run_or_lexicon_is_refused(made, tmp_path, capsys):
     """Other parameters, another step, and other words, each by name."""
     other = make_run(tmp_path / "other", LEXVLA, seed=1)
-    ask = lambda run: (cli.main(["search", "query", str(made / "lexvla.index"), "--text", "dog", "--run", str(run)]), capsys.readouterr().err)
+    ask = lambda run: (
+        cli.main(["search", "query", str(made / "lexvla.index"), "--text", "dog", "--run", str(run)]),
+        capsys.readouterr().err,
+    )
     status, said = ask(other)
     assert status == 2 and "the parameters are others" in said
     words = make_run(tmp_path / "words", {**LEXVLA, "tokenizer": {**LEXVLA["tokenizer"], "lexicon": "ascii_any"}})
@@ -192,7 +246,9 @@ def test_what_cannot_be_indexed_leaves_nothing(made, tmp_path, capsys):
     ):  # fmt: skip
         assert cli.main(["search", "index", str(made / "lexvla"), str(tmp_path / source), "--index", str(tmp_path / "index"), *extra]) == 2
         assert said in capsys.readouterr().err
-    assert cli.main(["search", "index", str(made / "clip"), str(made / "texts.txt"), "--index", str(tmp_path / "index"), "--active", "3"]) == 2
+    assert (
+        cli.main(["search", "index", str(made / "clip"), str(made / "texts.txt"), "--index", str(tmp_path / "index"), "--active", "3"]) == 2
+    )
     assert "dense" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "empty"]
     assert cli.main(["search", "index", str(made / "clip"), str(made / "texts.txt"), "--index", str(made / "clip.index")]) == 2

@@ -1,4 +1,5 @@
 """Structures of other libraries: what they find is scored exactly, their recall is measured, and where they are missing that is said."""
+
 import importlib.util
 import sys
 
@@ -12,7 +13,9 @@ from jaxvl.search.backends import open_backend, vectors
 from jaxvl.search.extras import LIBRARIES, again, library
 from jaxvl.search.lexical import Pruning
 
-needs = lambda name: pytest.mark.skipif(importlib.util.find_spec(LIBRARIES[name][1]) is None, reason=f"{LIBRARIES[name][0]} is not installed (pip install 'jaxvl[search]')")
+needs = lambda name: pytest.mark.skipif(
+    importlib.util.find_spec(LIBRARIES[name][1]) is None, reason=f"{LIBRARIES[name][0]} is not installed (pip install 'jaxvl[search]')"
+)
 
 
 def draw(kind, count, seed):

@@ -1,4 +1,5 @@
 """What `jaxvl search export` writes, read back: the same words, weights within the quantisation, the same order."""
+
 import json
 
 import numpy as np
@@ -19,7 +20,16 @@ def make_index(out, rows, pieces=()):
     names = [f'item "{i}" ✓' for i in range(rows.shape[0])]
     batches = [(rows[:2], names[:2]), (rows[2:], names[2:])]
     with store.drafting(out) as draft:
-        return build.write(draft, out, batches, {"run": "", "what": "texts", "pieces": pieces}, 3, pruning=Pruning(), also=(), mesh=make_mesh(MeshOptions()))
+        return build.write(
+            draft,
+            out,
+            batches,
+            {"run": "", "what": "texts", "pieces": pieces},
+            3,
+            pruning=Pruning(),
+            also=(),
+            mesh=make_mesh(MeshOptions()),
+        )
 
 
 @pytest.fixture(scope="module")

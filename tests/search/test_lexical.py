@@ -1,4 +1,5 @@
 """Search among sparse vectors against a dense matrix product and a full sort."""
+
 import numpy as np
 import pytest
 import scipy.sparse as sp

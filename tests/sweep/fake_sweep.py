@@ -1,4 +1,5 @@
 """A sweep whose trials are fakes: python fake_sweep.py CONFIG WORKDIR WORKERS."""
+
 import sys
 from pathlib import Path
 

@@ -3,6 +3,7 @@
 The metric grows with the steps towards the learning rate. temperature 0.5 fails at half-way; width 7 gives another metric.
 SIGTERM saves and ends with 143, as a run does; a start continues from what is saved.
 """
+
 import json
 import signal
 import sys

@@ -1,4 +1,5 @@
 """Trials drawn by a study, and trials as jobs of submitit, here with its local executor. The runs are fakes."""
+
 import os
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def test_a_study_draws_towards_the_better_and_goes_on(tmp_path):
     rates = [r.overrides["optim.learning_rate"] for r in records]
     assert len(set(rates)) == 24  # a study that goes on draws no point twice
     drawn = [rates[i] for i in range(8, 24)]
-    assert sum(r > 10 ** -1.5 for r in drawn) > 8  # more than half above the middle of the scale
+    assert sum(r > 10**-1.5 for r in drawn) > 8  # more than half above the middle of the scale
     assert (folder / "results.csv").read_text().count("\n") == 25
     with pytest.raises(SweepError, match="mode is 'min', but the study in .* has 'max'"):
         run.run(study(tmp_path, 24, mode="min"), folder, [], command=command)
@@ -57,7 +58,9 @@ def test_two_workers_share_a_study(tmp_path):
     pytest.importorskip("optuna")
     path, folder = study(tmp_path, 12, slow=True), tmp_path / "s"
     command_line = [sys.executable, str(Path(__file__).with_name("fake_sweep.py")), path, str(folder), "1"]
-    other = subprocess.Popen(command_line, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    other = subprocess.Popen(
+        command_line, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     until(lambda: (folder / "t000" / folders.LOG).exists())
     assert run.run(path, folder, [], command=command) == 0
     theirs = [line for line in other.communicate(timeout=400)[1].splitlines() if line.endswith(": done")]
@@ -71,7 +74,10 @@ def test_two_workers_share_a_study(tmp_path):
 
 def test_trials_as_jobs(tmp_path):
     pytest.importorskip("submitit")
-    path, folder = write(tmp_path, f"{{'metric': 'val/score', 'rows': {{'good': {{{SHORT}}}, 'bad': {{{SHORT}, 'method.temperature': 0.5}}}}}}"), tmp_path / "s"
+    path, folder = (
+        write(tmp_path, f"{{'metric': 'val/score', 'rows': {{'good': {{{SHORT}}}, 'bad': {{{SHORT}, 'method.temperature': 0.5}}}}}}"),
+        tmp_path / "s",
+    )
     assert run.run(path, folder, [], workers=2, slurm="cluster=local", command=command) == 1
     good, bad = (folders.read_record(folder, name) for name in ("good", "bad"))
     assert good.status == "done" and good.job and bad.reason == "exit 1: the loss was 3 apples"
@@ -95,7 +101,9 @@ def test_a_job_is_asked_to_end_and_goes_on(tmp_path):
     assert again.poll() == 0 and starts(folder, "a")[1] == f"starting at {saved}"
 
 
-@pytest.mark.parametrize("text, says", [("gpus", "'gpus' is no KEY=VALUE"), ("cluster=local,nodes=2", "only one node"), ("colour=red,cluster=local", "colour")])
+@pytest.mark.parametrize(
+    "text, says", [("gpus", "'gpus' is no KEY=VALUE"), ("cluster=local,nodes=2", "only one node"), ("colour=red,cluster=local", "colour")]
+)
 def test_parameters_that_submitit_does_not_know(tmp_path, text, says):
     pytest.importorskip("submitit")
     with pytest.raises(SweepError, match=says):

@@ -1,4 +1,5 @@
 """Trials as processes: failures, stops, kills, pruning, and what is told at the end. The runs are fakes that take a second."""
+
 import csv
 import json
 import os
@@ -44,7 +45,13 @@ def until(condition) -> None:
 
 
 def test_a_failed_trial_stops_nothing_and_is_told(tmp_path, capsys):
-    path, folder = write(tmp_path, f"{{'metric': 'val/score', 'also': ('val/also',), 'rows': {{'good': {{{SHORT}}}, 'bad, <b>': {{{SHORT}, 'method.temperature': 0.5}}}}, 'seeds': (3, 5)}}"), tmp_path / "s"
+    path, folder = (
+        write(
+            tmp_path,
+            f"{{'metric': 'val/score', 'also': ('val/also',), 'rows': {{'good': {{{SHORT}}}, 'bad, <b>': {{{SHORT}, 'method.temperature': 0.5}}}}, 'seeds': (3, 5)}}",
+        ),
+        tmp_path / "s",
+    )
     assert sweep(path, folder, workers=4) == 1
     assert statuses(folder) == {"good-seed3": "done", "good-seed5": "done", "bad,_b_-seed3": "failed", "bad,_b_-seed5": "failed"}
     said = capsys.readouterr().out
@@ -55,7 +62,12 @@ def test_a_failed_trial_stops_nothing_and_is_told(tmp_path, capsys):
     assert (bad["trials"], bad["done"], bad["val/score mean"]) == ("2", "0", "")
     with open(folder / "results.csv") as file:
         lines = list(csv.DictReader(file))
-    assert [(line["status"], line["step"], line["seed"]) for line in lines] == [("done", "8", "3"), ("done", "8", "5"), ("failed", "4", "3"), ("failed", "4", "5")]
+    assert [(line["status"], line["step"], line["seed"]) for line in lines] == [
+        ("done", "8", "3"),
+        ("done", "8", "5"),
+        ("failed", "4", "3"),
+        ("failed", "4", "5"),
+    ]
     page = (folder / "sweep.html").read_text()
     assert "the loss was 3 apples" in page and "bad, &lt;b&gt;" in page and "<b>-seed" not in page and "4 (3..5)" in page
 
@@ -66,7 +78,10 @@ def test_a_failed_trial_stops_nothing_and_is_told(tmp_path, capsys):
 
 
 def test_a_sweep_that_is_told_to_stop_goes_on_where_it_stopped(tmp_path):
-    path, folder = write(tmp_path, f"{{'metric': 'val/score', 'rows': {{'a': {{{SHORT}}}, 'b': {{{LONG}}}, 'c': {{{SHORT}}}}}}}"), tmp_path / "s"
+    path, folder = (
+        write(tmp_path, f"{{'metric': 'val/score', 'rows': {{'a': {{{SHORT}}}, 'b': {{{LONG}}}, 'c': {{{SHORT}}}}}}}"),
+        tmp_path / "s",
+    )
 
     def stop() -> None:
         until(lambda: folders.curve(folder / "b", "val/score"))
@@ -110,9 +125,15 @@ def test_a_trial_of_an_older_version_goes_on(tmp_path):
 
 
 def test_a_sweep_killed_outright_takes_its_trials_along_and_goes_on(tmp_path):
-    path, folder = write(tmp_path, f"{{'metric': 'val/score', 'grid': {{'optim.learning_rate': (1e-3, 3e-3)}}, 'rows': {{'': {{{LONG}}}}}}}"), tmp_path / "s"
+    path, folder = (
+        write(tmp_path, f"{{'metric': 'val/score', 'grid': {{'optim.learning_rate': (1e-3, 3e-3)}}, 'rows': {{'': {{{LONG}}}}}}}"),
+        tmp_path / "s",
+    )
     names = ["learning_rate=0.001", "learning_rate=0.003"]
-    sweeper = subprocess.Popen([sys.executable, str(Path(__file__).with_name("fake_sweep.py")), path, str(folder), "2"], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    sweeper = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("fake_sweep.py")), path, str(folder), "2"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     until(lambda: all(folders.curve(folder / name, "val/score") for name in names))
     with pytest.raises(LockedError, match=f"process {sweeper.pid}"):
         sweep(path, folder)
@@ -154,7 +175,10 @@ def test_a_trial_waits_for_the_run_that_still_saves(tmp_path, monkeypatch):
 
 def test_trials_that_fall_behind_are_pruned(tmp_path):
     body = f"{{'metric': 'val/score', 'keep': 0.5, 'keep_least': 2, 'keep_from': 4, 'rows': {{'': {{{SHORT}}}}}, 'grid': {{'optim.learning_rate': (4e-3, 3e-3, 2e-3, 5e-3)}}}}"
-    path, folder = write(tmp_path, body.replace("'log.every': 5", "'log.every': 50").replace("'train.steps': 8", "'train.steps': 40")), tmp_path / "s"
+    path, folder = (
+        write(tmp_path, body.replace("'log.every': 5", "'log.every': 50").replace("'train.steps': 8", "'train.steps': 40")),
+        tmp_path / "s",
+    )
     assert sweep(path, folder) == 0
     assert list(statuses(folder).values()) == ["done", "pruned", "pruned", "done"]
     pruned = folders.read_record(folder, "learning_rate=0.003")
@@ -173,13 +197,21 @@ def test_the_pruning_rule():
     assert "3 of 3 others were better" in falls_behind(o, curves, "d")
     assert falls_behind(o._replace(mode="min"), curves, "c") == ""
     assert "2 of 3 others" in falls_behind(o._replace(mode="min"), {**curves, "a": {2: 0.9}}, "a")
-    assert falls_behind(o._replace(keep_from=3), curves, "c") == falls_behind(o._replace(keep_least=5), curves, "c") == falls_behind(o._replace(keep=1.0), curves, "c") == ""
+    assert (
+        falls_behind(o._replace(keep_from=3), curves, "c")
+        == falls_behind(o._replace(keep_least=5), curves, "c")
+        == falls_behind(o._replace(keep=1.0), curves, "c")
+        == ""
+    )
     ties = {str(i): {2: 0.5} for i in range(9)}
     assert not any(falls_behind(o, ties, name) for name in ties)
 
 
 def test_an_unknown_metric_stops_the_sweep_and_lists_the_known(tmp_path):
-    path, folder = write(tmp_path, f"{{'metric': 'val/score', 'rows': {{'fine': {{{LONG}}}, 'other': {{{SHORT}, 'method.width': 7}}}}}}"), tmp_path / "s"
+    path, folder = (
+        write(tmp_path, f"{{'metric': 'val/score', 'rows': {{'fine': {{{LONG}}}, 'other': {{{SHORT}, 'method.width': 7}}}}}}"),
+        tmp_path / "s",
+    )
     with pytest.raises(SweepError, match=r"trial 'other' give no 'val/score'; they give: val/also, val/other"):
         sweep(path, folder, workers=2)
     assert statuses(folder)["fine"] == "stopped" and (folder / "fine" / "saved").exists()

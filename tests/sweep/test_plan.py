@@ -1,4 +1,5 @@
 """What a sweep() may say, and the trials it means."""
+
 import math
 from pathlib import Path
 
@@ -51,16 +52,29 @@ def test_what_cannot_be_meant_is_named(plain, says):
 
 
 def test_rows_grid_and_seeds_multiply(tmp_path):
-    path = write(tmp_path, "{'metric': 'val/x', 'rows': {'a b': {}, 'wide': {'method.width': 48}}, 'grid': {'optim.learning_rate': (1e-3, 3e-3)}, 'seeds': (4, 5)}")
+    path = write(
+        tmp_path,
+        "{'metric': 'val/x', 'rows': {'a b': {}, 'wide': {'method.width': 48}}, 'grid': {'optim.learning_rate': (1e-3, 3e-3)}, 'seeds': (4, 5)}",
+    )
     trials = plan.trials(plan.load(path, ["train.steps=7"]))
-    assert [t.name for t in trials] == [f"{row},learning_rate={rate}-seed{seed}" for row in ("a_b", "wide") for rate in ("0.001", "0.003") for seed in (4, 5)]
-    assert [t.group for t in trials][::2] == ["a b,learning_rate=0.001", "a b,learning_rate=0.003", "wide,learning_rate=0.001", "wide,learning_rate=0.003"]
+    assert [t.name for t in trials] == [
+        f"{row},learning_rate={rate}-seed{seed}" for row in ("a_b", "wide") for rate in ("0.001", "0.003") for seed in (4, 5)
+    ]
+    assert [t.group for t in trials][::2] == [
+        "a b,learning_rate=0.001",
+        "a b,learning_rate=0.003",
+        "wide,learning_rate=0.001",
+        "wide,learning_rate=0.003",
+    ]
     seen = [(t.config.method.width, t.config.optim.learning_rate, t.config.seed, t.config.train.steps) for t in trials]
     assert seen == [(width, rate, seed, 7) for width in (96, 48) for rate in (1e-3, 3e-3) for seed in (4, 5)]
 
 
 def test_a_row_may_have_its_own_recipe(tmp_path):
-    path = write(tmp_path, f"{{'metric': 'val/x', 'rows': {{'clip': {{}}, 'siglip': {{'config': {str(RECIPE.with_name('siglip_quickstart.py'))!r}}}}}}}")
+    path = write(
+        tmp_path,
+        f"{{'metric': 'val/x', 'rows': {{'clip': {{}}, 'siglip': {{'config': {str(RECIPE.with_name('siglip_quickstart.py'))!r}}}}}}}",
+    )
     assert [t.config.method.name for t in plan.trials(plan.load(path))] == ["clip", "siglip"]
 
 
@@ -84,7 +98,13 @@ def test_a_file_without_sweep_is_told():
 
 
 def test_random_points_do_not_depend_on_each_other():
-    space = {"a": Uniform(1e-4, 1e-1, log=True), "b": Integer(2, 5), "c": Choice(("x", "y")), "d": Integer(1, 1000, log=True), "e": Uniform(-1, 1)}
+    space = {
+        "a": Uniform(1e-4, 1e-1, log=True),
+        "b": Integer(2, 5),
+        "c": Choice(("x", "y")),
+        "d": Integer(1, 1000, log=True),
+        "e": Uniform(-1, 1),
+    }
     o = options.SweepOptions("val/x", space=space, trials=400)
     points = [plan.draw(o, i) for i in range(o.trials)]
     assert points == [plan.draw(o._replace(space=dict(reversed(space.items()))), i) for i in range(o.trials)]

@@ -1,7 +1,8 @@
 """Twelve real trials on the glyphs with pruning, killed once and continued: on this machine, and as jobs of a real Slurm.
 
-    JAXVL_FAULTS=1 pytest tests/sweep/test_real.py -n 0 -s
+JAXVL_FAULTS=1 pytest tests/sweep/test_real.py -n 0 -s
 """
+
 import csv
 import os
 import signal
@@ -36,12 +37,22 @@ def where(request, tmp_path_factory):
         yield {**env, "SLURM_CONF": node["SLURM_CONF"], "PATH": node["PATH"]}, ["--workers=3", "--slurm=timeout_min=60,cpus_per_task=1"]
 
 
-
 def test_twelve_trials_killed_once(where, tmp_path):
     env, flags = where
     workdir, out = tmp_path / "sweep", tmp_path / "out"
-    command = [sys.executable, "-m", "jaxvl.cli", "sweep", "--config=configs/sweeps/quickstart_search.py", f"--workdir={workdir}", *flags, *(f"--config.{o}" for o in SMALL)]
-    over = lambda: [path.parent.name for path in workdir.glob("*/trial.json") if folders.read_record(workdir, path.parent.name).status in folders.OVER]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxvl.cli",
+        "sweep",
+        "--config=configs/sweeps/quickstart_search.py",
+        f"--workdir={workdir}",
+        *flags,
+        *(f"--config.{o}" for o in SMALL),
+    ]
+    over = lambda: [
+        path.parent.name for path in workdir.glob("*/trial.json") if folders.read_record(workdir, path.parent.name).status in folders.OVER
+    ]
     with open(out, "a") as file:
         sweep = subprocess.Popen(command, env=env, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 3 * PATIENCE
@@ -52,10 +63,14 @@ def test_twelve_trials_killed_once(where, tmp_path):
         sweep.send_signal(signal.SIGKILL)
         sweep.wait()
         begin = time.monotonic()
-        assert subprocess.run(command, env=env, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=4 * PATIENCE).returncode == 0, out.read_text()[-3000:]
+        assert subprocess.run(command, env=env, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=4 * PATIENCE).returncode == 0, (
+            out.read_text()[-3000:]
+        )
     after = {name: folders.read_record(workdir, name) for name in over()}
     statuses = [record.status for record in after.values()]
-    print(f"\n{flags}: {len(before)} trials over when killed; {statuses.count('done')} done and {statuses.count('pruned')} pruned {time.monotonic() - begin:.0f} s later")
+    print(
+        f"\n{flags}: {len(before)} trials over when killed; {statuses.count('done')} done and {statuses.count('pruned')} pruned {time.monotonic() - begin:.0f} s later"
+    )
     assert len(after) == 12 and set(statuses) == {"done", "pruned"}
     assert all(read_metrics(workdir / name) == rows for name, rows in before.items())  # what was over was not run again
     reached: dict[str, list[int]] = {"done": [], "pruned": []}
