@@ -3,11 +3,11 @@
 STYLE = """
 :root{--bg:#fbfbfd;--card:#fff;--ink:#1b1f27;--soft:#667085;--line:#e4e7ec;--right:#067647;--wrong:#b42318;
 --c0:#0b63ce;--c1:#d9480f;--c2:#0f8a6d;--c3:#8e3fc4;--c4:#b08800;--c5:#c2255c;--c6:#5b6472;--c7:#3e7cb1;--c8:#7a4a21;
---c9:#b9a7d6}
+--c9:#b9a7d6;--c10:#2f3542}
 @media(prefers-color-scheme:dark){:root{--bg:#12151b;--card:#1a1f28;--ink:#e7eaf0;--soft:#98a2b3;--line:#2d3440;
 --right:#4ccf96;
 --wrong:#ff8a7a;--c0:#6cb2ff;--c1:#ff9a5c;--c2:#4fd1b1;--c3:#c99bff;--c4:#e6c34a;--c5:#ff8fb8;--c6:#9aa4b2;
---c7:#8cc4e8;--c8:#cf9f72;--c9:#6f5a99}}
+--c7:#8cc4e8;--c8:#cf9f72;--c9:#6f5a99;--c10:#d5dae3}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
@@ -33,6 +33,7 @@ margin-bottom:8px}
 .c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}
 .c6{--c:var(--c6)}
 .c7{--c:var(--c7)}.c8{--c:var(--c8)}.c9{--c:var(--c9)}
+.c10{--c:var(--c10)}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
 th,td{padding:4px 22px 4px 0;text-align:right;border-bottom:1px solid var(--line)}th{color:var(--soft);
 font-weight:500}

@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from jaxvl.report.goodput import KINDS, Session, account, between, read_sessions, resume, save_sessions
+from jaxvl.report.page_style import STYLE
 
 
 def session(first, last, seconds):
@@ -37,3 +38,8 @@ def test_time_without_a_process():
     at = lambda began, seconds: Session(began, 0, 1, 1, {"compute": seconds})
     assert between([]) == between([at(5.0, 9.0)]) == 0.0
     assert between([at(0.0, 10.0), at(12.5, 10.0), at(22.0, 1.0)]) == 2.5  # a clock set back in between gives nothing back
+
+
+def test_every_kind_has_a_colour_in_light_and_in_dark():
+    for number in range(len(KINDS)):
+        assert STYLE.count(f"--c{number}:#") == 2 and f".c{number}{{--c:var(--c{number})}}" in STYLE, number
