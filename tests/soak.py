@@ -35,6 +35,8 @@ from jaxvl.data.places import sample_places  # noqa: E402
 from jaxvl.report.metrics import read_metrics  # noqa: E402
 from jaxvl.report.samples import read_samples  # noqa: E402
 
+# Nothing that a step computes may depend on how many are to come: the undisturbed run is asked for as many as there were.
+OPTIONS = ("optim.schedule=constant", "optim.warmup_steps=1", "checkpoint.every=10", "log.samples=True")
 LIMIT = 900.0  # seconds after which a run that has not come back is given up
 
 
@@ -254,7 +256,7 @@ def main() -> None:
     if "disk" in names and not mounted:
         print("cannot mount a small tmpfs here: no full disk in this soak")
         names.remove("disk")
-    overrides = ["train.steps=10000000", "optim.warmup_steps=1", "checkpoint.every=10", "log.samples=True"]
+    overrides = ["train.steps=10000000", *OPTIONS]
     soak = Soak(args.workdir.absolute(), args.processes, overrides, grace=5)
     struck: list[Struck] = []
     try:

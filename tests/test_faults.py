@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from running import CONFIG, FAST, PATIENCE, ROOT, environment, finish, leaves, metrics, peers, said, start
-from soak import FAULTS, Soak, Struck, last_step, prove, resumed, same, strike
+from soak import FAULTS, OPTIONS, Soak, Struck, last_step, prove, resumed, same, strike
 
 from jaxvl.manifest import whole_steps
 from jaxvl.report.samples import read_samples
 
 pytestmark = pytest.mark.skipif("JAXVL_FAULTS" not in os.environ, reason="many processes, started many times: asked for by JAXVL_FAULTS")
-LONG = ("train.steps=100000", "optim.warmup_steps=1", "checkpoint.every=10", "log.samples=True")
+LONG = ("train.steps=100000", *OPTIONS)
 NOTICED = 15.0  # seconds, the most
 BATCH = 8
 TABLE: list[str] = []
