@@ -116,9 +116,10 @@ class Slow:
     def look(self, posts: Mapping[int, Post]) -> list[str]:
         """Lines to print: which host holds the others up by how much a step, and with what."""
         made = {p: post.step - self._before[p].step for p, post in posts.items() if p in self._before}
+        if len(made) < len(posts) or min(made.values(), default=0) < 0:  # some had not posted yet, or the run has gone back
+            self._before = dict(posts)
+            return []
         if len(made) < 2 or min(made.values()) < 1:
-            if not made:
-                self._before = dict(posts)
             return []
         each = {p: {name: (posts[p].own[name] - self._before[p].own[name]) / n for name in OWN} for p, n in made.items()}
         whole = statistics.median((posts[p].whole - self._before[p].whole) / n for p, n in made.items())

@@ -44,6 +44,18 @@ def test_two_hosts_and_hosts_that_stand_still():
     assert Slow().look({0: post(1, 5)}) == [] and slow.look({0: post(9, LOOKS + 1), 1: post(9, LOOKS + 1)}) == []
 
 
+def test_a_host_that_posts_first_and_a_run_that_goes_back():
+    for first in ({0: post(1, 1)}, {0: post(1, 500), 1: post(1, 500)}):
+        slow = Slow()
+        assert slow.look(first) == []
+        lines = [
+            line
+            for i in range(2, LOOKS + 3)
+            for line in slow.look({0: post(i, i, compute=i), 1: post(i, i, data=0.5 * i, compute=0.5 * i)})
+        ]
+        assert len(lines) == 1 and "process 1" in lines[0]
+
+
 def test_who_is_waited_for():
     fresh = lambda beat: {p: post(beat, 40, host=f"h{p}") for p in range(3)}
     stuck = {**fresh(9), 1: post(9, 39, phase="data", lasted=312, host="h1")}
