@@ -26,6 +26,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxvl.losses import matching as pairs, mlm as words
+from jaxvl.losses.exchange import fetch
 from jaxvl.losses.mlm import Masked, WordLosses
 from jaxvl.losses.momentum import Candidates, average, enqueue
 from jaxvl.losses.pairs import dot
@@ -209,9 +210,7 @@ def trunk(image: VitOptions, text: TextOptions, options: TrunkOptions) -> Trunk:
     def pair_losses(
         params: dict, now: Views, encoded: dict, batch: Batch, key: jax.Array | None, draws: Draws = Draws()
     ) -> tuple[dict, dict]:
-        G, B = now.groups, len(now.v)
-        if (B // G) % o.chunks:
-            raise ValueError(f"config.method.chunks is {o.chunks}; it must divide the {B // G} rows among which negatives are drawn")
+        G = now.groups
         # A call without randomness still needs negatives and hidden words; it draws the same ones every time.
         key_draws = jax.random.fold_in(key, 0) if key is not None else jax.random.key(0)
         key_image, key_text, key_words = jax.random.split(key_draws, 3)
@@ -220,30 +219,27 @@ def trunk(image: VitOptions, text: TextOptions, options: TrunkOptions) -> Trunk:
         choose = lambda given, key, a, b: pairs.hard_negatives(key, similarity(a, b), ids) if given is None else grouped(given, G)
         negative_image = choose(draws.negative_image, key_image, now.t, now.v_m)
         negative_text = choose(draws.negative_text, key_text, now.v, now.t_m)
-        read = jax.vmap(lambda x, rows: x[rows])
-        other = lambda x: read(grouped(x, G), negative_text).reshape(x.shape)
-        own = jnp.broadcast_to(jnp.arange(B // G), (G, B // G))
+        # Tokens are exchanged, not the keys and values of every layer, which are twelve times as much and cheap to make of them.
+        beside = lambda x, *others: jnp.stack([x, *others], 1)
         rows: dict[str, Any] = {
-            "states": jnp.stack([encoded["text"], encoded["text"], other(encoded["text"])], 1),  # [B, 3, L, width]
-            "mask": jnp.stack([now.mask, now.mask, other(now.mask)], 1),
-            "source": jnp.stack([x.reshape(-1) for x in (own, negative_image, own)], 1),
+            "image": beside(encoded["image"], fetch(encoded["image"], negative_image)),  # [B, 2, token, width]
+            "states": beside(encoded["text"], encoded["text"], fetch(encoded["text"], negative_text)),  # [B, 3, L, width]
+            "mask": beside(now.mask, now.mask, fetch(now.mask, negative_text)),
         }
+        source = jnp.array([0, 1, 0, *([0] if o.mlm else [])])  # the image that each pair of a row reads: its own or the negative one
         if o.mlm:
             masked = draws.masked or hide(key_words, batch["tokens"])
             rows |= {"masked": masked, "words": now.mask, "image_m": now.image_m}
-        images = keys_values(params, encoded["image"])  # once for every image, whoever reads them
 
         def some(rows: dict, key: jax.Array | None) -> dict:
             key_words, key_fuse, key_teacher = (None,) * 3 if key is None else jax.random.split(key, 3)
             if o.mlm:
-                with_words = {
-                    "states": text_states(params, rows["masked"].tokens, rows["words"], key_words),
-                    "mask": rows["words"],
-                    "source": rows["source"][:, 0],
-                }
+                with_words = {"states": text_states(params, rows["masked"].tokens, rows["words"], key_words), "mask": rows["words"]}
                 rows = rows | {name: jnp.concatenate([rows[name], x[:, None]], 1) for name, x in with_words.items()}
             flat = lambda x: x.reshape(-1, *x.shape[2:])
-            fused = fuse(params, flat(rows["states"]), flat(rows["mask"]), images, rows["source"].reshape(G, -1), key_fuse)
+            images = keys_values(params, flat(rows["image"]))
+            reads = jnp.broadcast_to(source, rows["states"].shape[:2])
+            fused = fuse(params, flat(rows["states"]), flat(rows["mask"]), images, reads, key_fuse)
             fused = fused.reshape(rows["states"].shape)  # [b, 3 or 4, L, width]
             out: dict[str, Any] = {"itm": _dense(params["itm"], fused[:, :3, 0])}
             if o.mlm:
@@ -321,7 +317,7 @@ def trunk(image: VitOptions, text: TextOptions, options: TrunkOptions) -> Trunk:
             "text tower": one["text_tower"],
             "teacher towers": (seen + one["text_tower"]) / 3,
             "projections": 2.0 * (image.width + text.width) * o.width * 4 / 3,
-            "itm": one["keys_values"] + 3 * one["pair"],
+            "itm": 2 * one["keys_values"] + 3 * one["pair"],
             **({"mlm": told, "mlm teacher": (told + one["keys_values"]) / 3} if o.mlm else {}),
         }
 

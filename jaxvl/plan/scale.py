@@ -30,7 +30,7 @@ ROWS = tuple(
         ("clip_vitb16_cc12m", {0: ("train.accumulate=4",)}),
         ("tcl_cc12m", {}),
         ("lexvla_cc12m", {0: ("train.accumulate=8",)}),
-        ("hpl_sop", {1: ("train.batch_size=960",), 2: ("train.batch_size=3840",)}),
+        ("hpl_sop", {1: ("train.batch_size=960",), 2: ("train.batch_size=3840", "method.pad_to=256")}),
     )
     for i, topology in enumerate(CHIPS)
 )
