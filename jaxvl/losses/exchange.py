@@ -11,13 +11,18 @@ from jaxvl.losses.ring import circulate, of_batch, over_rows, row_ids
 from jaxvl.rows import grouped
 
 
+def at_home(groups: int, batch: int) -> bool:
+    """Whether every device holds whole groups of a batch split over devices."""
+    return groups % of_batch(batch).size == 0
+
+
 def fetch(x: jax.Array, rows: jax.Array) -> jax.Array:
     """[B, ...] of x [B, ...]: row r of group g is row rows[g, r] of that group; rows int [group, B / group], x and the result split over the batch axes.
 
     Groups that lie whole on one device are read there. Else a device sends B - B/n rows, and as many again, as gradients, in the backward pass.
     """
     count, size = rows.shape
-    if count % of_batch(len(x)).size == 0:
+    if at_home(count, len(x)):
         return jax.vmap(lambda x, rows: x[rows])(grouped(x, count), rows).reshape(x.shape)
     rows = (rows + size * jnp.arange(count)[:, None]).reshape(-1)
     return _fetch(x, rows) if jnp.issubdtype(x.dtype, jnp.inexact) else _pass_rows(x, rows)

@@ -26,7 +26,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxvl.losses import matching as pairs, mlm as words
-from jaxvl.losses.exchange import fetch
+from jaxvl.losses.exchange import at_home, fetch
 from jaxvl.losses.mlm import Masked, WordLosses
 from jaxvl.losses.momentum import Candidates, average, enqueue
 from jaxvl.losses.pairs import dot
@@ -210,7 +210,7 @@ def trunk(image: VitOptions, text: TextOptions, options: TrunkOptions) -> Trunk:
     def pair_losses(
         params: dict, now: Views, encoded: dict, batch: Batch, key: jax.Array | None, draws: Draws = Draws()
     ) -> tuple[dict, dict]:
-        G = now.groups
+        G, B = now.groups, len(now.v)
         # A call without randomness still needs negatives and hidden words; it draws the same ones every time.
         key_draws = jax.random.fold_in(key, 0) if key is not None else jax.random.key(0)
         key_image, key_text, key_words = jax.random.split(key_draws, 3)
@@ -219,14 +219,20 @@ def trunk(image: VitOptions, text: TextOptions, options: TrunkOptions) -> Trunk:
         choose = lambda given, key, a, b: pairs.hard_negatives(key, similarity(a, b), ids) if given is None else grouped(given, G)
         negative_image = choose(draws.negative_image, key_image, now.t, now.v_m)
         negative_text = choose(draws.negative_text, key_text, now.v, now.t_m)
-        # Tokens are exchanged, not the keys and values of every layer, which are twelve times as much and cheap to make of them.
-        beside = lambda x, *others: jnp.stack([x, *others], 1)
+        states, mask = encoded["text"], now.mask
         rows: dict[str, Any] = {
-            "image": beside(encoded["image"], fetch(encoded["image"], negative_image)),  # [B, 2, token, width]
-            "states": beside(encoded["text"], encoded["text"], fetch(encoded["text"], negative_text)),  # [B, 3, L, width]
-            "mask": beside(now.mask, now.mask, fetch(now.mask, negative_text)),
+            "states": jnp.stack([states, states, fetch(states, negative_text)], 1),  # [B, 3, L, width]
+            "mask": jnp.stack([mask, mask, fetch(mask, negative_text)], 1),
         }
-        source = jnp.array([0, 1, 0, *([0] if o.mlm else [])])  # the image that each pair of a row reads: its own or the negative one
+        # Which image each of a row's pairs reads: its own, the negative, its own.
+        if at_home(G, B) and (B // G) % o.chunks == 0:
+            kept = keys_values(params, encoded["image"])  # made once for every image, whoever of its group reads them
+            own = jnp.broadcast_to(jnp.arange(B // G), (G, B // G))
+            rows["source"] = jnp.stack([x.reshape(-1) for x in (own, negative_image, own)], 1)
+        else:
+            kept = None  # tokens travel, since keys and values of all layers are twelve times as much and quickly made of them
+            rows["image"] = jnp.stack([encoded["image"], fetch(encoded["image"], negative_image)], 1)  # [B, 2, token, width]
+            rows["source"] = jnp.broadcast_to(jnp.array([0, 1, 0]), (B, 3))
         if o.mlm:
             masked = draws.masked or hide(key_words, batch["tokens"])
             rows |= {"masked": masked, "words": now.mask, "image_m": now.image_m}
@@ -234,12 +240,15 @@ def trunk(image: VitOptions, text: TextOptions, options: TrunkOptions) -> Trunk:
         def some(rows: dict, key: jax.Array | None) -> dict:
             key_words, key_fuse, key_teacher = (None,) * 3 if key is None else jax.random.split(key, 3)
             if o.mlm:
-                with_words = {"states": text_states(params, rows["masked"].tokens, rows["words"], key_words), "mask": rows["words"]}
+                with_words = {
+                    "states": text_states(params, rows["masked"].tokens, rows["words"], key_words),
+                    "mask": rows["words"],
+                    "source": rows["source"][:, 0],
+                }
                 rows = rows | {name: jnp.concatenate([rows[name], x[:, None]], 1) for name, x in with_words.items()}
             flat = lambda x: x.reshape(-1, *x.shape[2:])
-            images = keys_values(params, flat(rows["image"]))
-            reads = jnp.broadcast_to(source, rows["states"].shape[:2])
-            fused = fuse(params, flat(rows["states"]), flat(rows["mask"]), images, reads, key_fuse)
+            images, source = (kept, rows["source"].reshape(G, -1)) if kept else (keys_values(params, flat(rows["image"])), rows["source"])
+            fused = fuse(params, flat(rows["states"]), flat(rows["mask"]), images, source, key_fuse)
             fused = fused.reshape(rows["states"].shape)  # [b, 3 or 4, L, width]
             out: dict[str, Any] = {"itm": _dense(params["itm"], fused[:, :3, 0])}
             if o.mlm:
@@ -317,7 +326,7 @@ def trunk(image: VitOptions, text: TextOptions, options: TrunkOptions) -> Trunk:
             "text tower": one["text_tower"],
             "teacher towers": (seen + one["text_tower"]) / 3,
             "projections": 2.0 * (image.width + text.width) * o.width * 4 / 3,
-            "itm": 2 * one["keys_values"] + 3 * one["pair"],
+            "itm": one["keys_values"] + 3 * one["pair"],
             **({"mlm": told, "mlm teacher": (told + one["keys_values"]) / 3} if o.mlm else {}),
         }
 

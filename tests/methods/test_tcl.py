@@ -9,7 +9,7 @@ import pytest
 
 from jaxvl.accumulate import value_and_grad
 from jaxvl.losses.mlm import masked_as
-from jaxvl.mesh import MeshOptions, make_mesh, shardings
+from jaxvl.mesh import BATCH, MeshOptions, make_mesh, shardings
 from jaxvl.methods import METHODS, tcl
 from jaxvl.methods.fused import Draws, trunk
 from jaxvl.methods.fused_options import HIGH, LOW, of_method
@@ -175,6 +175,25 @@ def test_every_leaf_has_a_place(sizes):
         placed["memory"]["teacher"]["image"]["blocks"]["mlp"]["up"]["kernel"].spec
         == placed["params"]["image"]["blocks"]["mlp"]["up"]["kernel"].spec
     )
+
+
+@pytest.mark.parametrize("changed", [{}, {"scope": "group", "group_size": 8, "chunks": 2}], ids=str)
+def test_negatives_of_other_devices_change_nothing(changed):
+    """Value and gradients on one device, where images are read by all pairs, and on meshes on which groups lie whole or span two to eight devices."""
+    rows, o = batch(16), PLAIN._replace(queue=16, **changed)
+    method = METHODS["tcl"].build(IMAGE, TEXT, o)
+    params, memory = jax.jit(lambda key: method.init(key, rows))(KEY)
+    run = lambda *args: jax.jit(jax.value_and_grad(method.loss, has_aux=True))(*args)
+    (want, aux), wanted = run(params, memory, rows, KEY)
+    for sizes in ((2, 1, 1), (4, 2, 1)):
+        mesh = make_mesh(MeshOptions(*sizes), jax.devices()[: np.prod(sizes)])
+        placed = shardings({"params": params, "memory": memory}, (*STATE_RULES, *method.rules), mesh)
+        with jax.set_mesh(mesh):
+            args = jax.device_put((params, memory), (placed["params"], placed["memory"]))
+            (loss, seen), grads = run(*args, jax.device_put(rows, jax.NamedSharding(mesh, BATCH)), KEY)
+        np.testing.assert_allclose(loss, want, rtol=1e-5)
+        np.testing.assert_allclose(seen["loss_itm"], aux["loss_itm"], rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), grads, wanted)
 
 
 def test_profiles_decide_what_is_left_to_them():
