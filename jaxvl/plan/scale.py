@@ -28,7 +28,7 @@ ROWS = tuple(
     Row(f"configs/{name}.py", topology, tuple(overrides.get(i, ())))
     for name, overrides in (
         ("clip_vitb16_cc12m", {0: ("train.accumulate=4",)}),
-        ("tcl_cc12m", {}),
+        ("tcl_cc12m", {0: ("train.accumulate=4", "method.chunks=4")}),
         ("lexvla_cc12m", {0: ("train.accumulate=8",)}),
         ("hpl_sop", {1: ("train.batch_size=960",), 2: ("train.batch_size=3840", "method.pad_to=256")}),
     )
