@@ -63,7 +63,8 @@ def make_train_step(
         if grad_shardings is not None:
             grads = jax.lax.with_sharding_constraint(grads, grad_shardings)
         # The gradient of a frozen leaf is used by nothing after this, so the compiler leaves its computation out.
-        grads = jax.tree.map(lambda g, h: g if h is False else jnp.where(h, jnp.zeros_like(g), g), grads, hold)
+        zero = lambda g, h: g if h is False else jnp.zeros_like(g) if h is True else jnp.where(h, jnp.zeros_like(g), g)
+        grads = jax.tree.map(zero, grads, hold)
 
         norm = optax.global_norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

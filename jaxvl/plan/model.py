@@ -2,7 +2,7 @@
 
 The step is traced, and its equations are walked in order with the arrays alive at each. An array that only fusible equations make and read is taken
 to be part of a fused loop and to need no memory; the new state lies where the old one was. An array with an axis of a multiple of the (micro)batch
-is split over the batch axes, and so is one with neighbouring axes into which it is cut; one of the shape of a leaf of the state is split like that
+is split over the batch axes, and so is one with neighbouring axes into which it is cut, or with an axis of the devices in front; one of the shape of a leaf of the state is split like that
 leaf, any other is whole on each device. A compiler orders, recomputes and pads in ways that this does not know.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh
 
 from jaxvl.assembly import Program
@@ -30,21 +31,23 @@ FUSED = frozenset(re.findall(r"\w+", """
 def temporaries(plan: Planned, program: Program, mesh: AbstractMesh) -> int:
     """Bytes a device that a step needs beside its arguments at its widest point, estimated."""
     with jax.sharding.use_abstract_mesh(mesh):
-        closed = jax.make_jaxpr(program.step)(program.state, program.batch)
+        traced = jax.make_jaxpr(program.step)(program.state, program.batch).jaxpr
+    needed, _ = dce_jaxpr(traced, [True] * len(traced.outvars))  # without what only the gradients of frozen leaves would read
     train = plan.parts.recipe.train
     rows, parts = train.batch_size // train.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
     shards = {a.shape: math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(program.state) if a.shape}
 
     def split(aval: Any) -> int:
         shape = getattr(aval, "shape", ())
-        count = shards.get(shape) or math.prod(shape) // (parts if rows > 1 and _has_rows(shape, rows) else 1)
+        count = shards.get(shape) or math.prod(shape) // (parts if rows > 1 and _has_rows(shape, rows, parts) else 1)
         return count * _itemsize(aval)
 
-    return _peak(closed.jaxpr, split, escaping=False)
+    return _peak(needed, split, escaping=False)
 
 
-def _has_rows(shape: tuple[int, ...], rows: int) -> bool:
-    return any(n and n % rows == 0 for n in shape) or any(n * m == rows for n, m in itertools.pairwise(shape))
+def _has_rows(shape: tuple[int, ...], rows: int, parts: int) -> bool:
+    """Whether an axis is that of the batch, two axes are, or the first is that of the devices, of rows which each takes a few at a time."""
+    return any(n and n % rows == 0 for n in shape) or any(n * m == rows for n, m in itertools.pairwise(shape)) or shape[:1] == (parts,)
 
 
 def _itemsize(aval: Any) -> int:
