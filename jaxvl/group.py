@@ -139,7 +139,7 @@ def _watch(members: list[subprocess.Popen], signals: list[int], grace: float) ->
                 first = status
                 # Members that SIGTERM ended do so together; any other end leaves the rest waiting for a peer that is gone.
                 deadline = time.monotonic() + grace
-                if status not in (TERMINATED, -signal.SIGTERM):
+                if status not in (TERMINATED, -signal.SIGTERM) and passed < 2:
                     say(f"process {i} of {len(members)} {_ended(status)}")
                     _send(members, signal.SIGTERM)
         if None not in statuses:

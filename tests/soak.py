@@ -10,6 +10,8 @@ well, and every logged number and every bit of the last state must be the same.
 """
 
 import argparse
+import atexit
+import contextlib
 import os
 import random
 import re
@@ -74,6 +76,7 @@ class Soak:
             self.launcher = subprocess.Popen(
                 self.command, stdout=out, stderr=subprocess.STDOUT, env=running.environment(XLA_FLAGS=running.FAST)
             )
+        atexit.register(self.launcher.kill)  # whatever fails here, nothing trains on
 
     def members(self) -> list[int]:
         """Process ids, in the order of the run."""
@@ -134,7 +137,10 @@ def full_disk(soak: Soak, _: random.Random) -> str:
 
 
 def damage(soak: Soak, rng: random.Random) -> str:
-    """Flip a bit in the largest file of the newest checkpoint, and kill a member so that it is wanted."""
+    """Flip a bit in the largest file of the newest checkpoint while the members stand still, and kill one, so that it is wanted before there is a newer one."""
+    members = soak.members()
+    for pid in members:
+        os.kill(pid, signal.SIGSTOP)
     step = newest(soak.disk)
     path = max((p for p in manifest.step_folder(soak.disk, step).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     with open(path, "r+b") as file:
@@ -143,7 +149,11 @@ def damage(soak: Soak, rng: random.Random) -> str:
         byte = file.read(1)
         file.seek(at)
         file.write(bytes([byte[0] ^ 1 << rng.randrange(8)]))
-    return f"checkpoint {step} damaged, then {kill(soak, rng)}"
+    what = kill(soak, rng)
+    for pid in members:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    return f"checkpoint {step} damaged, then {what}"
 
 
 FAULTS: dict[str, Callable[[Soak, random.Random], str]] = {
@@ -292,7 +302,7 @@ def main() -> None:
             other = Soak(alone, args.processes, [f"train.steps={steps}" if o.startswith("train.steps") else o for o in overrides], grace=5)
             alone.mkdir()
             other.start()
-            assert other.launcher and other.launcher.wait() == 0, other.said(0)[-4000:]
+            assert other.launcher and other.launcher.wait(3600) == 0, other.said(0)[-4000:]
             same(soak.workdir, alone, steps)
             print("every logged number and every bit of the last state are those of an undisturbed run")
     finally:

@@ -69,6 +69,7 @@ def test_every_fault_loses_nothing(tmp_path, processes):
         for name in faults:
             struck: Struck = strike(soak, name, rng)
             row(processes, struck.fault, struck.noticed, struck.resumed)
+            assert struck.noticed == struck.noticed, f"{struck.fault}: nobody noticed"
             assert struck.noticed <= NOTICED or name in ("term", "term-member", "kill-launcher", "disk"), (
                 struck
             )  # these wait for a step, or for the next save

@@ -1,6 +1,6 @@
 """The nearest items of queries, exactly: items stay on the devices, split over them, each finds its best and these are merged.
 
-No array has a query and an item axis beyond one block of each.
+No array has more than BLOCK x BLOCK scores on a device.
 """
 
 from collections.abc import Callable
@@ -28,12 +28,14 @@ class Placed(NamedTuple):
 def place(read: Callable[[int, int], np.ndarray], count: int, width: int, mesh: Mesh, *, block: int = BLOCK) -> Placed:
     """Items on the devices of `mesh`. read(start, stop): rows of them, float32 [stop - start, width], asked for once, a device's at a time.
 
-    Raises ValueError where they do not fit into the devices' memory.
+    Raises ValueError where there are none.
     """
+    if count < 1:
+        raise ValueError("there is no item to search among")
     each = -(-count // mesh.size)
-    block = min(block, each)
-    each = -(-each // block) * block
-    _fits(4 * each * width, mesh, f"{count:,} vectors of {width:,} float32 numbers")
+    blocks = -(-each // block)
+    block = -(-each // blocks)  # equal blocks, so that little is padded
+    each = blocks * block
 
     def part(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(each * mesh.size)
@@ -62,24 +64,24 @@ def top(placed: Placed, queries: np.ndarray, k: int, *, block: int = BLOCK) -> t
         raise ValueError(f"queries are {queries.shape}; the items have {placed.items.shape[1]} numbers each")
     check_finite("query", queries)
     every = NamedSharding(placed.mesh, P())
-    size, found = min(block, len(queries)), []
+    k = min(k, placed.total)
+    merged = placed.mesh.size * min(k, len(placed.items) // placed.mesh.size)  # candidates of a query, from all devices
+    size, found = min(block, len(queries), max(1, block * block // merged)), []
     for start in range(0, len(queries), size):
         rows = np.zeros((size, queries.shape[1]), np.float32)  # equally many, so that one program serves
         rows[: len(queries) - start] = queries[start : start + size]
         asked = jax.make_array_from_callback(rows.shape, every, rows.__getitem__)
-        found.append(
-            jax.device_get(_top(placed.items, asked, total=placed.total, block=placed.block, k=min(k, placed.total), mesh=placed.mesh))
-        )
+        found.append(jax.device_get(_top(placed.items, asked, total=placed.total, block=placed.block, k=k, mesh=placed.mesh)))
     ids, scores = (np.concatenate(parts)[: len(queries)] for parts in zip(*found, strict=True))
     return ids.astype(np.int64), scores
 
 
 def nearest(queries: np.ndarray, gallery: np.ndarray, k: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
     """`top` of a gallery [item, d] that is asked once. Raises ValueError as `top` does, and where the gallery has fewer than k items."""
-    placed = place_array(gallery, mesh)
-    if not 1 <= k <= len(gallery):
+    check_finite("query", queries)
+    if len(gallery) and not 1 <= k <= len(gallery):
         raise ValueError(f"k={k} must lie between 1 and the {len(gallery)} items of the gallery")
-    return top(placed, queries, k)
+    return top(place_array(gallery, mesh), queries, k)
 
 
 def check_finite(what: str, rows: np.ndarray) -> None:
@@ -98,6 +100,7 @@ def _top(items: jax.Array, queries: jax.Array, *, total: int, block: int, k: int
 
     def of_device(items: jax.Array, queries: jax.Array) -> tuple[jax.Array, jax.Array]:
         first = lax.axis_index(axes) * len(items)
+        shape = len(queries), min(k, len(items))  # a device may hold fewer than k
 
         def step(found: tuple[jax.Array, jax.Array], n: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
             ids, best = found
@@ -105,10 +108,9 @@ def _top(items: jax.Array, queries: jax.Array, *, total: int, block: int, k: int
             index = first + n * block + jnp.arange(block, dtype=jnp.int32)
             scores = jnp.dot(queries, part.T, precision="highest", preferred_element_type=jnp.float32)
             scores = jnp.where(index < total, scores, -jnp.inf)
-            best, at = lax.top_k(jnp.concatenate([best, scores], 1), k)  # earlier items stand first and win ties
+            best, at = lax.top_k(jnp.concatenate([best, scores], 1), shape[1])  # earlier items stand first and win ties
             return (jnp.take_along_axis(jnp.concatenate([ids, jnp.broadcast_to(index, scores.shape)], 1), at, 1), best), None
 
-        shape = len(queries), k
         none = jnp.full(shape, -1, jnp.int32), jnp.full(shape, -jnp.inf, jnp.float32)
         (ids, best), _ = lax.scan(step, none, jnp.arange(len(items) // block))
         # Devices hold ascending ids, and their lists come in the order of the devices: again the earlier of equals stand first.
@@ -117,13 +119,3 @@ def _top(items: jax.Array, queries: jax.Array, *, total: int, block: int, k: int
         return jnp.take_along_axis(ids, at, 1), best
 
     return jax.shard_map(of_device, mesh=mesh, in_specs=(P(axes), P()), out_specs=P(), check_vma=False)(items, queries)
-
-
-def _fits(size: int, mesh: Mesh, what: str) -> None:
-    for device in mesh.local_devices:
-        stats = device.memory_stats() or {}
-        room = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
-        if stats.get("bytes_limit") and size > room:
-            raise ValueError(
-                f"{what} over {mesh.size} devices are {size / 2**30:.1f} GiB each, and {device} has {room / 2**30:.1f} GiB left; use more devices"
-            )

@@ -19,7 +19,7 @@ def at_home(groups: int, batch: int) -> bool:
 def fetch(x: jax.Array, rows: jax.Array) -> jax.Array:
     """[B, ...] of x [B, ...]: row r of group g is row rows[g, r] of that group; rows int [group, B / group], x and the result split over the batch axes.
 
-    Groups that lie whole on one device are read there. Else a device sends B - B/n rows, and as many again, as gradients, in the backward pass.
+    Groups that lie whole on one device are read there. Else each of n devices sends B - B/n rows, and in the backward pass gradients of B + B/n.
     """
     count, size = rows.shape
     if at_home(count, len(x)):

@@ -40,8 +40,8 @@ def of_batch(batch: int) -> Ring:
     if batch % n:
         sizes = " x ".join(f"{a}={mesh.shape[a]}" for a in axes)
         raise ValueError(
-            f"the ring loss splits the batch evenly over {n} devices (mesh {sizes}), but the batch has "
-            f"{batch} rows: use a multiple of {n}, or impl='global'"
+            f"the rows of a batch are split evenly over {n} devices (mesh {sizes}), but it has {batch}: use a multiple of {n}, or for a "
+            "loss with impl='ring' impl='global'"
         )
     return Ring(axes, n, batch // n)
 

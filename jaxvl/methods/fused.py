@@ -211,6 +211,8 @@ def trunk(image: VitOptions, text: TextOptions, options: TrunkOptions) -> Trunk:
         params: dict, now: Views, encoded: dict, batch: Batch, key: jax.Array | None, draws: Draws = Draws()
     ) -> tuple[dict, dict]:
         G, B = now.groups, len(now.v)
+        if (B // G) % o.chunks:
+            raise ValueError(f"config.method.chunks is {o.chunks}; it must divide the {B // G} rows among which negatives are drawn")
         # A call without randomness still needs negatives and hidden words; it draws the same ones every time.
         key_draws = jax.random.fold_in(key, 0) if key is not None else jax.random.key(0)
         key_image, key_text, key_words = jax.random.split(key_draws, 3)
@@ -225,7 +227,7 @@ def trunk(image: VitOptions, text: TextOptions, options: TrunkOptions) -> Trunk:
             "mask": jnp.stack([mask, mask, fetch(mask, negative_text)], 1),
         }
         # Which image each of a row's pairs reads: its own, the negative, its own.
-        if at_home(G, B) and (B // G) % o.chunks == 0:
+        if at_home(G, B):
             kept = keys_values(params, encoded["image"])  # made once for every image, whoever of its group reads them
             own = jnp.broadcast_to(jnp.arange(B // G), (G, B // G))
             rows["source"] = jnp.stack([x.reshape(-1) for x in (own, negative_image, own)], 1)

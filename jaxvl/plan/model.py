@@ -35,11 +35,12 @@ def temporaries(plan: Planned, program: Program, mesh: AbstractMesh) -> int:
     needed, _ = dce_jaxpr(traced, [True] * len(traced.outvars))  # without what only the gradients of frozen leaves would read
     train = plan.parts.recipe.train
     rows, parts = train.batch_size // train.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    cuts = {rows, rows // getattr(plan.parts.recipe.method, "chunks", 1)}  # the objective of the fusion models takes the batch in parts
     shards = {a.shape: math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(program.state) if a.shape}
 
     def split(aval: Any) -> int:
         shape = getattr(aval, "shape", ())
-        count = shards.get(shape) or math.prod(shape) // (parts if rows > 1 and _has_rows(shape, rows, parts) else 1)
+        count = shards.get(shape) or math.prod(shape) // (parts if any(n > 1 and _has_rows(shape, n, parts) for n in cuts) else 1)
         return count * _itemsize(aval)
 
     return _peak(needed, split, escaping=False)
@@ -47,7 +48,8 @@ def temporaries(plan: Planned, program: Program, mesh: AbstractMesh) -> int:
 
 def _has_rows(shape: tuple[int, ...], rows: int, parts: int) -> bool:
     """Whether an axis is that of the batch, two axes are, or the first is that of the devices, of rows which each takes a few at a time."""
-    return any(n and n % rows == 0 for n in shape) or any(n * m == rows for n, m in itertools.pairwise(shape)) or shape[:1] == (parts,)
+    few = len(shape) > 2 and shape[0] == parts and shape[1] <= rows // parts
+    return few or any(n and n % rows == 0 for n in shape) or any(n * m == rows for n, m in itertools.pairwise(shape))
 
 
 def _itemsize(aval: Any) -> int:

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxvl import assembly, config as configs
 from jaxvl.assembly import Parts, Program
 from jaxvl.bench.sizes import Sizes, tokenizer as sizes_of_tokenizer
-from jaxvl.data.text import load_tokenizer
+from jaxvl.data.text import TRAINED, load_tokenizer
 from jaxvl.mesh import AXES, MeshOptions, ShardingError, shardings, sizes
 from jaxvl.methods.method import Run
 from jaxvl.optim import frozen
@@ -34,7 +34,8 @@ def planned(recipe: configs.Recipe) -> Planned:
     notes = []
     tokenizer: Any = None
     if recipe.data.captions != "none":
-        tokenizer = load_tokenizer(recipe.tokenizer) if Path(recipe.tokenizer.name).is_dir() else sizes_of_tokenizer(recipe)
+        here = recipe.tokenizer.name not in TRAINED and Path(recipe.tokenizer.name).is_dir()
+        tokenizer = load_tokenizer(recipe.tokenizer) if here else sizes_of_tokenizer(recipe)
         if recipe.tokenizer.prompt and isinstance(tokenizer, Sizes):
             notes.append(f"the tokenizer {recipe.tokenizer.name} is not here: its prompt counts a token a word")
     classes = getattr(recipe.method, "classes", 0)

@@ -34,10 +34,12 @@ def open_backend(index: Index, name: str, mesh: Mesh) -> Search:
         return EXTRAS[name].open(vectors(index), index.folder)
     if kind == "dense":
         rows = vectors(index)
+        _fits(rows.shape, mesh)
         placed = topk.place(lambda start, stop: rows[start:stop], rows.shape[0], rows.shape[1], mesh)
         return lambda queries, k: Hits(*topk.top(placed, queries, k))
     if name == "device":
         rows = vectors(index)
+        _fits(rows.shape, mesh)
         placed = topk.place(lambda start, stop: rows[start:stop].toarray(), rows.shape[0], rows.shape[1], mesh)
         return lambda queries, k: Hits(*topk.top(placed, queries.toarray(), k))
     if name == "two-stage":
@@ -73,3 +75,16 @@ def recall(search: Search, truth: Search, rows: Any, *, k: int = AT, sample: int
         if len(wanted):
             shares.append(min(np.sum(np.isin(found, wanted) | (values >= scores[-1])), len(wanted)) / len(wanted))
     return float(np.mean(shares)) if shares else float("nan")
+
+
+def _fits(shape: tuple[int, ...], mesh: Mesh) -> None:
+    """Raises ValueError where float32 vectors of this shape, split over the devices, are more than a device of this process has room for."""
+    size = 4 * int(np.prod(shape, dtype=np.int64)) // mesh.size
+    for device in mesh.local_devices:
+        stats = device.memory_stats() or {}
+        room = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+        if stats.get("bytes_limit") and size > room:
+            raise ValueError(
+                f"{shape[0]:,} vectors of {shape[1]:,} float32 numbers are {size / 2**30:.1f} GiB on each of {mesh.size} devices, and {device} has "
+                f"{room / 2**30:.1f} GiB left; use more devices or, for lexical vectors, --backend exact"
+            )

@@ -72,12 +72,12 @@ def test_the_two_passes_score_a_pair_alike(block: int) -> None:
     assert (ranks.optimistic == 0).all() and (ranks.stable == 0).all() and (ranks.pessimistic == 1).all()
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
-def test_the_nearest_are_those_of_a_stable_sort(devices: int) -> None:
+@pytest.mark.parametrize(("devices", "options"), [(1, MESHES[0]), (2, MESHES[0]), (4, MESHES[0]), (8, MESHES[0]), (8, MESHES[1])], ids=str)
+def test_the_nearest_are_those_of_a_stable_sort(devices: int, options: MeshOptions) -> None:
     """A count that no number of devices divides, blocks that do not fill, many equal scores, and k beyond a device's share and beyond all."""
     rng = np.random.default_rng(2)
     queries, items = rng.integers(-2, 3, (21, 4)), rng.integers(-2, 3, (37, 4))
-    placed = topk.place_array(items, make_mesh(MeshOptions(), jax.devices()[:devices]), block=3)
+    placed = topk.place_array(items, make_mesh(options, jax.devices()[:devices]), block=3)
     assert placed.items.addressable_shards[0].data.shape[0] * devices == placed.items.shape[0]
     order, before = np.argsort(-(queries @ items.T), axis=1, kind="stable"), topk._top._cache_size()
     for k in (1, 10, 50):

@@ -1,5 +1,7 @@
 """Rows of other devices, and their gradients, against plain indexing."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,12 +42,12 @@ def test_rows_and_gradients_are_those_of_plain_indexing(devices, options, groups
     np.testing.assert_allclose(gradient, wanted, rtol=1e-6)
 
 
-def test_no_device_holds_more_than_its_rows_and_two_that_pass():
-    """The rows of a batch are nowhere gathered, neither forwards nor backwards."""
+def test_no_device_holds_the_batch():
+    """The rows are nowhere gathered or summed over devices, neither forwards nor backwards."""
     mesh, width = make_mesh(MeshOptions(), jax.devices()), 1024
     x = jax.ShapeDtypeStruct((256, width), jnp.float32, sharding=NamedSharding(mesh, BATCH))
     rows = jax.ShapeDtypeStruct((1, 256), jnp.int32)
     with jax.set_mesh(mesh):
         compiled = jax.jit(jax.grad(lambda x, rows: (fetch(x, rows) ** 3).sum())).lower(x, rows).compile()
-    assert "all-gather" not in compiled.as_text()
-    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 256 * width * 4 / 8  # of 8 devices
+    assert not {"all-gather", "all-reduce"} & set(re.findall("all-gather|all-reduce", compiled.as_text()))
+    assert compiled.memory_analysis().temp_size_in_bytes < 6 * 256 * width * 4 / 8  # six devices' shares of eight

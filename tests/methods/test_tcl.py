@@ -1,5 +1,6 @@
 """TCL and its trunk: microbatches and parts change nothing, groups are the devices of the published runs, and no edge gives NaN."""
 
+import re
 from functools import cache
 
 import jax
@@ -179,7 +180,7 @@ def test_every_leaf_has_a_place(sizes):
 
 @pytest.mark.parametrize("changed", [{}, {"scope": "group", "group_size": 8, "chunks": 2}], ids=str)
 def test_negatives_of_other_devices_change_nothing(changed):
-    """Value and gradients on one device, where images are read by all pairs, and on meshes on which groups lie whole or span two to eight devices."""
+    """Value and gradients on one device, where keys and values of an image are made once for all that read them, and on meshes on which groups span devices."""
     rows, o = batch(16), PLAIN._replace(queue=16, **changed)
     method = METHODS["tcl"].build(IMAGE, TEXT, o)
     params, memory = jax.jit(lambda key: method.init(key, rows))(KEY)
@@ -190,7 +191,15 @@ def test_negatives_of_other_devices_change_nothing(changed):
         placed = shardings({"params": params, "memory": memory}, (*STATE_RULES, *method.rules), mesh)
         with jax.set_mesh(mesh):
             args = jax.device_put((params, memory), (placed["params"], placed["memory"]))
-            (loss, seen), grads = run(*args, jax.device_put(rows, jax.NamedSharding(mesh, BATCH)), KEY)
+            step = (
+                jax.jit(jax.value_and_grad(method.loss, has_aux=True))
+                .lower(*args, jax.device_put(rows, jax.NamedSharding(mesh, BATCH)), KEY)
+                .compile()
+            )
+            (loss, seen), grads = step(*args, jax.device_put(rows, jax.NamedSharding(mesh, BATCH)), KEY)
+        # No device is sent the tokens, keys or values of all images, [16, 5 tokens, ...], nor their gradients.
+        sent = [line for line in step.as_text().splitlines() if re.search(r" (all-gather|all-reduce)(-start)?\(", line)]
+        assert sent and not any(re.search(r"\[(1,)?16,5,", line.partition("(%")[0]) for line in sent)
         np.testing.assert_allclose(loss, want, rtol=1e-5)
         np.testing.assert_allclose(seen["loss_itm"], aux["loss_itm"], rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), grads, wanted)
@@ -234,7 +243,7 @@ def test_batches_that_do_not_fit_are_refused_with_the_numbers():
     params, memory = built()[1:]
     for changed, left, message in (
         ({"scope": "group", "group_size": 3}, "", "a batch of 4 rows does not divide into groups of 3"),
-        ({"chunks": 3}, "", "a batch of 4 rows does not cut into 3"),
+        ({"chunks": 3}, "", "a batch of 4 rows does not cut into 3|config.method.chunks is 3; it must divide the 4 rows"),
         ({}, "id", "config.method.ids is True, but the batch has no image ids"),
         ({"pool_grid": 4}, "", "2 x 2 patches do not pool to 4 x 4"),
     ):

@@ -3,6 +3,7 @@
 JAXVL_FAULTS=1 pytest tests/sweep/test_real.py -n 0 -s
 """
 
+import atexit
 import csv
 import os
 import signal
@@ -55,6 +56,7 @@ def test_twelve_trials_killed_once(where, tmp_path):
     ]
     with open(out, "a") as file:
         sweep = subprocess.Popen(command, env=env, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        atexit.register(sweep.kill)
         deadline = time.monotonic() + 3 * PATIENCE
         while len(over()) < 4:
             assert sweep.poll() is None and time.monotonic() < deadline, out.read_text()[-3000:]
