@@ -40,7 +40,7 @@ def of_batch(batch: int) -> Ring:
     if batch % n:
         sizes = " x ".join(f"{a}={mesh.shape[a]}" for a in axes)
         raise ValueError(
-            f"the rows of a batch are split evenly over {n} devices (mesh {sizes}), but it has {batch}: use a multiple of {n}, or for a "
+            f"a batch is split evenly over {n} devices (mesh {sizes}), but this one has {batch} rows: use a multiple of {n}, or for a "
             "loss with impl='ring' impl='global'"
         )
     return Ring(axes, n, batch // n)
