@@ -31,9 +31,9 @@ def until(true, said, seconds=2 * PATIENCE):
         time.sleep(0.1)
 
 
-def test_a_job_is_preempted_cancelled_and_requeued(node, tmp_path):
-    workdir, out = tmp_path / "run", tmp_path / "out"
-    job = node(
+def submit(node, out, workdir, *more):
+    """A job of two processes on the one node; its number."""
+    return node(
         "sbatch",
         "--parsable",
         "--nodes=1",
@@ -42,7 +42,13 @@ def test_a_job_is_preempted_cancelled_and_requeued(node, tmp_path):
         "launch/slurm",
         f"--config={CONFIG}",
         f"--workdir={workdir}",
+        *more,
     )
+
+
+def test_a_job_is_preempted_cancelled_and_requeued(node, tmp_path):
+    workdir, out = tmp_path / "run", tmp_path / "out"
+    job = submit(node, out, workdir)
     steps = lambda: [row["step"] for row in metrics(workdir) if "loss" in row] if (workdir / "metrics.jsonl").exists() else []
     said = lambda: out.read_text() if out.exists() else "no output"
     state = lambda: node("squeue", "-h", "-j", job, "-t", "all", "-o", "%T")
@@ -75,17 +81,7 @@ def test_a_job_is_preempted_cancelled_and_requeued(node, tmp_path):
 
 def test_a_job_whose_config_is_wrong_is_not_requeued(node, tmp_path):
     out = tmp_path / "out"
-    job = node(
-        "sbatch",
-        "--parsable",
-        "--nodes=1",
-        "--ntasks-per-node=2",
-        f"--output={out}",
-        "launch/slurm",
-        f"--config={CONFIG}",
-        f"--workdir={tmp_path / 'run'}",
-        "--config.optim.learning_rat=1",
-    )
+    job = submit(node, out, tmp_path / "run", "--config.optim.learning_rat=1")
     state = lambda: node("squeue", "-h", "-j", job, "-t", "all", "-o", "%T %r")
     until(lambda: state().startswith("FAILED"), lambda: state() + out.read_text())
     assert "learning_rat" in out.read_text() and "restart" not in out.read_text()

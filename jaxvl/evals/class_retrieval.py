@@ -108,9 +108,11 @@ def places(
     total = np.where(known[at] == labels, sizes[at], 0) - own
     out = Places(np.full(len(queries), np.nan), np.full(len(queries), np.nan))
     k = int(total.max(initial=0))
+    if not k:
+        return out
     place = np.arange(1, k + 1)
     placed = place_array(items, mesh, block=block)
-    for start in range(0, len(queries) if k else 0, block):
+    for start in range(0, len(queries), block):
         rows = slice(start, start + block)
         top, _ = top_of(placed, queries[rows], k + own)
         if own:  # the query itself, or where equals stand before it the last

@@ -1,7 +1,7 @@
 """`jaxvl plan --table`: what the large recipes need on 8, 64 and 256 chips, as the table of the README.
 
 Every row is a plan of its own; the folder keeps it as JSON, so that a table that was cut short goes on, and is read again only for the program that it
-was made of: one with the same state, batch, mesh and FLOPs.
+was made of: one with the same state, batch, mesh, FLOPs and modelled temporaries.
 """
 
 import json
@@ -59,12 +59,12 @@ def _kept(row: Row, folder: Path, limit: float, estimate: bool) -> dict[str, Any
     file = folder / f"{Path(row.config).stem}-{row.topology.replace(':', '_')}.json"
     if file.is_file():
         found = json.loads(file.read_text())
-        if all(found[key] == modelled[key] for key in SAME):
+        if all(found[key] == modelled[key] for key in SAME) and found.get("modelled") == modelled["temporary"]:
             return found
         say(f"{file} is of another program than {row.config} is now; it is made anew")
     if estimate:
         return modelled
-    made = tell.as_json(fit.make(config, row.config, topology, compiles=1, limit=limit))
+    made = {**tell.as_json(fit.make(config, row.config, topology, compiles=1, limit=limit)), "modelled": modelled["temporary"]}
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(made, indent=1))
     partial.rename(file)

@@ -71,5 +71,6 @@ def test_the_table_reads_again_what_it_has_and_tells_where_a_number_is_from(tmp_
     file.write_text(json.dumps({**kept, "temporary": 7 * 2**30, "source": "compiled by hand"}))
     again = scale.table(tmp_path, limit=1, estimate=False, rows=rows)
     assert "| 7.00 |" in again and "compiled |" in again and "it must be a multiple of 8 |" in again
-    file.write_text(json.dumps({**kept, "flops": 1.0, "temporary": 7 * 2**30}))
-    assert scale.table(tmp_path, limit=1, estimate=False, rows=rows[:1]) == first
+    for other in ({"flops": 1.0}, {"modelled": 1}):  # of another program, also where only what it holds on the way differs
+        file.write_text(json.dumps({**kept, **other, "temporary": 7 * 2**30}))
+        assert scale.table(tmp_path, limit=1, estimate=False, rows=rows[:1]) == first
