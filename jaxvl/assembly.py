@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
 
-from jaxvl import checkpoint, config as configs, evals, facts
+from jaxvl import checkpoint, config as configs, evals, facts, seal
 from jaxvl.data import lexicon
 from jaxvl.data.dataset import Dataset, captions, decode_options
 from jaxvl.data.decode import canvas_side
@@ -80,7 +80,11 @@ def program(parts: Parts, mesh: Mesh | AbstractMesh, steps: int) -> Program:
 
 
 def build(recipe: configs.Recipe, workdir: Path, dataset: Dataset | None) -> Parts:
-    """The parts of the run in `workdir`; its tokenizer is its own where it has one, else trained or loaded, and kept."""
+    """The parts of the run in `workdir`; its tokenizer is its own where it has one, else trained or loaded, and kept.
+
+    Raises DamagedError where a file that decides what the run computes is not the one that its checkpoints were saved with.
+    """
+    seal.check(workdir)
     tokenizer = None if recipe.data.captions == "none" else _tokenizer(recipe, workdir, dataset)
     return assemble(recipe, tokenizer, facts.of_run(recipe, workdir, dataset))
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxvl import manifest
-from jaxvl.processes import gpu_shares, tied
+from jaxvl.processes import GRACE, gpu_shares, tied
 from jaxvl.progress import say
 
 POLL = 0.1  # seconds between two looks at the members
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="how often in a row a failed run is started again without having saved a newer checkpoint in between",
     )
     parser.add_argument(
-        "--grace", type=float, default=30.0, help="seconds between SIGTERM and SIGKILL for the members left by one that failed"
+        "--grace", type=float, default=GRACE, help="seconds between SIGTERM and SIGKILL for the members left by one that failed"
     )
     parser.add_argument(
         "--pause",
@@ -62,7 +62,7 @@ def run(command: list[str], *, processes: int, restarts: int, grace: float, paus
     attempt, reached = 0, _newest(workdir)
     try:
         while True:
-            members = _start(command, shares, workdir)
+            members = _start(tied(command, grace), shares, workdir)
             status = _watch(members, signals, grace)
             status = 128 - status if status < 0 else status
             if signals or status in (0, TERMINATED):
@@ -115,11 +115,11 @@ def _start(command: list[str], shares: list[dict[str, str]], workdir: Path | Non
             with open(workdir / "report" / f"process-{i}.log", "a", encoding="utf-8") as log:
                 members.append(
                     subprocess.Popen(
-                        tied(command), env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                        command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
                     )
                 )
         else:
-            members.append(subprocess.Popen(tied(command), env=env, stdin=subprocess.DEVNULL, start_new_session=True))
+            members.append(subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True))
     return members
 
 

@@ -6,6 +6,7 @@ a Slurm step, a TPU pod. A process that none of these speaks of is alone.
 
 import os
 import re
+import socket
 import urllib.request
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
@@ -49,19 +50,57 @@ def join() -> None:
         if place.gpus:
             env["CUDA_VISIBLE_DEVICES"] = place.gpus
         jax.distributed.initialize(
-            place.coordinator, place.processes, place.number, cluster_detection_method="deactivate", heartbeat_timeout_seconds=int(text)
+            place.coordinator,
+            place.processes,
+            place.number,
+            coordinator_bind_address=listen(place.coordinator) if place.number == 0 else None,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=int(text),
         )
     elif tpu_pod(env):
         jax.distributed.initialize(heartbeat_timeout_seconds=int(text))  # JAX reads slices and workers from the same sources
+
+
+def listen(coordinator: str) -> str:
+    """HOST:PORT that process 0 listens on: this machine alone where the coordinator's address is the loopback, else all addresses.
+
+    Raises OSError where another process listens there; JAX's own service would end this one by a segmentation fault.
+    """
+    host, _, port = coordinator.rpartition(":")
+    inner = host.strip("[]")
+    loopback = inner == "localhost" or inner.startswith("127.") or inner == "::1"
+    where = ("::1" if inner == "::1" else "127.0.0.1") if loopback else ("::" if _has_ipv6() else "0.0.0.0")
+    with socket.socket(socket.AF_INET6 if ":" in where else socket.AF_INET) as probe:
+        # As the service itself: a port in the aftermath of an earlier connection is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((where, int(port)))
+            probe.listen()
+        except OSError as error:
+            raise OSError(
+                f"process 0 cannot listen on port {port} of the coordinator {coordinator}: {error.strerror} (is an earlier run "
+                f"still there?); free it, or choose another port with --coordinator or JAX_COORDINATOR_ADDRESS for all processes"
+            ) from None
+    return f"[{where}]:{port}" if ":" in where else f"{where}:{port}"
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::", 0))
+        return True
+    except OSError:
+        return False
 
 
 def name_by_flags(coordinator: str, process: str, env: MutableMapping[str, str]) -> None:
     """Write the flags --coordinator=HOST:PORT --process=I/N into `env`, where they precede all else. Raises ValueError for what they cannot mean."""
     if not coordinator and not process:
         return
-    found = re.fullmatch(r"(\d+)/(\d+)", process)
-    if not found or not re.fullmatch(r".+:\d+", coordinator) or int(found[1]) >= int(found[2]):
+    found = re.fullmatch(r"([0-9]{1,12})/([0-9]{1,12})", process)
+    if not coordinator or not found or int(found[1]) >= int(found[2]):
         raise ValueError(f"--coordinator={coordinator} --process={process}: write both, as HOST:PORT and I/N with I from 0 to N - 1")
+    _address(coordinator, f"--process={process}: write both, and --coordinator")
     env.update(JAX_COORDINATOR_ADDRESS=coordinator, JAX_PROCESS_ID=found[1], JAX_NUM_PROCESSES=found[2])
 
 
@@ -71,26 +110,60 @@ def find(env: Mapping[str, str]) -> Place | None:
     if named[0] in env:
         if missing := [k for k in named if k not in env]:
             raise ValueError(f"{named[0]} is set but {' and '.join(missing)} is not; set all three or none")
-        return Place(env[named[0]], int(env[named[1]]), int(env[named[2]]))
+        processes, number = _number(env, named[1]), _number(env, named[2])
+        if number >= processes:
+            raise ValueError(f"{named[2]} is {number}; it must be below {named[1]}, which is {processes}")
+        return Place(_address(env[named[0]], named[0]), processes, number)
     # SLURM_NTASKS alone is also set where nothing was started with srun: in the batch script itself, in a shell of salloc.
-    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
+    if _number(env, "SLURM_STEP_NUM_TASKS", "1") > 1 and "SLURM_PROCID" in env:
         return _slurm(env)
     return None
 
 
 def _slurm(env: Mapping[str, str]) -> Place:
     """A task of a step. The port differs from step to step, so that a step started anew never meets what is left of the one before."""
-    port = FIRST_PORT + (8 * int(env["SLURM_JOB_ID"]) + int(env.get("SLURM_STEP_ID", "0"))) % 4096
-    here = tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])]
+    port = FIRST_PORT + (8 * _number(env, "SLURM_JOB_ID") + _number(env, "SLURM_STEP_ID", "0")) % 4096
+    nodes, node = tasks_per_node(_named(env, "SLURM_STEP_TASKS_PER_NODE")), _number(env, "SLURM_NODEID")
+    if node >= len(nodes):
+        raise ValueError(
+            f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE={env['SLURM_STEP_TASKS_PER_NODE']} names {len(nodes)} nodes"
+        )
+    here = nodes[node]
     # With --gpus-per-task or --gpu-bind a task sees its own alone.
     bound = "SLURM_GPUS_PER_TASK" in env or len(env.get("CUDA_VISIBLE_DEVICES", "," * here).split(",")) < here
-    share = {} if bound else gpu_shares(here, env)[int(env["SLURM_LOCALID"])]
+    local = _number(env, "SLURM_LOCALID")
+    if local >= here:
+        raise ValueError(f"SLURM_LOCALID is {local}, but this node has {here} tasks of the step")
+    share = {} if bound else gpu_shares(here, env)[local]
     return Place(
-        f"{first_host(env['SLURM_STEP_NODELIST'])}:{port}",
-        int(env["SLURM_STEP_NUM_TASKS"]),
-        int(env["SLURM_PROCID"]),
+        f"{first_host(_named(env, 'SLURM_STEP_NODELIST'))}:{port}",
+        _number(env, "SLURM_STEP_NUM_TASKS"),
+        _number(env, "SLURM_PROCID"),
         share.get("CUDA_VISIBLE_DEVICES", ""),
     )
+
+
+def _named(env: Mapping[str, str], name: str) -> str:
+    """Raises ValueError where Slurm has set its other variables and not this one."""
+    if name not in env:
+        raise ValueError(f"{name} is not set, though this is a task of a Slurm step; start the processes with srun")
+    return env[name]
+
+
+def _number(env: Mapping[str, str], name: str, default: str = "") -> int:
+    """A variable that is a whole number. Raises ValueError where it is none."""
+    text = env.get(name, default)
+    if not re.fullmatch(r"[0-9]{1,12}", text):
+        raise ValueError(f"{name} is {text!r}; it must be a whole number, 0 or greater")
+    return int(text)
+
+
+def _address(text: str, name: str) -> str:
+    """Raises ValueError where an address is no HOST:PORT."""
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\s]+):([0-9]{1,5})", text)
+    if not found or not 0 < int(found[2]) < 2**16:
+        raise ValueError(f"{name} is {text!r}; it must be HOST:PORT with a port from 1 to 65535")
+    return text
 
 
 def first_host(nodes: str) -> str:
@@ -114,7 +187,7 @@ def tpu_pod(env: Mapping[str, str], devices: Path = Path("/dev")) -> bool:
     if (
         "," in env.get("TPU_WORKER_HOSTNAMES", "")
         or "," in env.get("TPU_PROCESS_ADDRESSES", "")
-        or int(env.get("MEGASCALE_NUM_SLICES", "1")) > 1
+        or _number(env, "MEGASCALE_NUM_SLICES", "1") > 1
     ):
         return True
     attached = [*devices.glob("accel[0-9]*"), *devices.glob("vfio/[0-9]*")]

@@ -8,12 +8,14 @@ alone has been whole, whenever the run was killed, and whatever its manifest doe
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
 import re
 import shutil
 import socket
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +25,10 @@ FILE = "manifest.json"
 FORMAT = 1
 SEAL = ',\n "sha256": "{}"\n}}\n'
 SEAL_BYTES = len(SEAL.format("0" * 64))
+LARGEST = 256 << 20  # bytes of a manifest; that of a model of a million leaves has less
+LAST_STEP = 2**31 - 1  # the train state counts steps in int32
+LEAF = re.compile(r"[a-z][a-z0-9_]*\[(\d+(,\d+)*)?\]", re.ASCII)
+DIGEST = re.compile(r"[0-9a-f]{64}")
 THREADS = min(8, os.cpu_count() or 1)
 
 log = logging.getLogger(__name__)
@@ -56,16 +62,20 @@ def step_folder(folder: Path, step: int, suffix: str = "") -> Path:
 
 
 def whole_steps(folder: Path) -> list[int]:
-    """The steps that were saved in full and not deleted since, newest first; `examine` tells whether one is undamaged."""
-    names = os.listdir(folder) if folder.is_dir() else []
-    return sorted((int(n) for n in names if re.fullmatch(r"\d{8,}", n)), reverse=True)
+    """The steps that were saved in full and not deleted since, newest first; `examine` tells whether one is undamaged.
+
+    A name that `step_folder` gives no step, such as a date and time, is no step's. Raises OSError where `folder` is a file.
+    """
+    names = os.listdir(folder) if folder.exists() else []
+    numbers = [int(name) for name in names if re.fullmatch(r"[0-9]{8,10}", name)]
+    return sorted((n for n in numbers if n <= LAST_STEP and step_folder(folder, n).name in names), reverse=True)
 
 
 def write(target: Path, step: int, meta: dict[str, Any], metrics: dict[str, float | None], leaves: dict[str, str]) -> None:
     """Put every file below `target` on disk, hash it, and write the manifest: the last file of a step."""
     paths = sorted(p for p in target.rglob("*") if p.is_file())
     with ThreadPoolExecutor(THREADS) as pool:
-        digests = list(pool.map(lambda path: _digest(path, sync=True), paths))
+        digests = list(pool.map(_digest, paths))
     files = {p.relative_to(target).as_posix(): {"bytes": size, "sha256": digest} for p, (size, digest) in zip(paths, digests, strict=True)}
     body = {"format": FORMAT, **Manifest(step, meta, metrics, leaves, files)._asdict()}
     with open(target / FILE, "wb") as file:
@@ -91,18 +101,71 @@ def read(folder: Path, step: int) -> Manifest:
 
 
 def read_at(target: Path) -> Manifest:
-    """The manifest in `target`. Raises DamagedError where it is missing, altered or of an unknown format."""
+    """The manifest in `target`. Raises DamagedError where it is missing, altered, malformed or of an unknown format."""
     try:
-        text = (target / FILE).read_bytes()
+        with open_inside(target, FILE) as file:
+            text = file.read(LARGEST)
     except OSError as error:
         raise DamagedError(f"{FILE}: cannot be read ({error.strerror})") from error
     head = text[:-SEAL_BYTES]
     if _sealed(head) != text:
         raise DamagedError(f"{FILE}: its own sha256 does not match its content")
-    body = json.loads(text)
-    if body["format"] != FORMAT:
-        raise DamagedError(f"{FILE}: format {body['format']}, but this version of jaxvl reads format {FORMAT}")
-    return Manifest(**{field: body[field] for field in Manifest._fields})
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        raise DamagedError(f"{FILE}: it is no JSON object") from None
+    if body.get("format") != FORMAT:
+        raise DamagedError(f"{FILE}: format {body.get('format')!r}, but this version of jaxvl reads format {FORMAT}")
+    found = Manifest(**{field: body.get(field) for field in Manifest._fields})
+    if wrong := [field for field in Manifest._fields if not _legal(field, getattr(found, field))]:
+        raise DamagedError(f"{FILE}: its {wrong[0]!r} is missing or malformed")
+    return found
+
+
+def _legal(field: str, value: Any) -> bool:
+    """Whether a field of a manifest has the form that `Manifest` tells."""
+    match field, value:
+        case "step", int():
+            return 0 <= value <= LAST_STEP and not isinstance(value, bool)
+        case "meta", dict():
+            return True
+        case "metrics", dict():
+            return all(v is None or isinstance(v, (int, float)) for v in value.values())
+        case "leaves", dict():
+            return all(isinstance(v, str) and LEAF.fullmatch(v) for v in value.values())
+        case "files", dict():
+            return all(_legal_file(v) for v in value.values())
+    return False
+
+
+def _legal_file(entry: Any) -> bool:
+    if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+        return False
+    size, digest = entry["bytes"], entry["sha256"]
+    return isinstance(size, int) and size >= 0 and isinstance(digest, str) and DIGEST.fullmatch(digest) is not None
+
+
+def open_inside(target: Path, name: str) -> io.BufferedReader:
+    """The regular file `name` of the folder `target`, opened to be read.
+
+    Raises OSError for a path that leads out of the folder, for a link, since others may change what it leads to, and for what
+    is no regular file: a pipe would never answer and a device never end.
+    """
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise OSError(errno.EINVAL, "its path leads out of the folder")
+    if any((target / Path(*path.parts[:depth])).is_symlink() for depth in range(1, len(path.parts) + 1)):
+        raise OSError(errno.ELOOP, "it is reached by a symbolic link")
+    return open_regular(target / path)
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """A regular file, opened to be read. Raises OSError for anything else, without waiting for it."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return file
 
 
 def examine(folder: Path, step: int, share: tuple[int, int] = (0, 1)) -> tuple[Manifest | None, list[str]]:
@@ -118,8 +181,10 @@ def examine(folder: Path, step: int, share: tuple[int, int] = (0, 1)) -> tuple[M
 
 
 def faults(target: Path, manifest: Manifest, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """What is wrong with the files of `target`, as `examine` tells it."""
+    """What is wrong with the files of `target`, as `examine` tells it; files that were not saved with it count too."""
     first, stride = share
+    if first == 0 and (strange := _strangers(target, manifest)):
+        return [f"{name}: it was not saved with this step" for name in strange]
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda item: _fault(target, *item), list(manifest.files.items())[first::stride])
     return [fault for fault in found if fault]
@@ -178,20 +243,32 @@ def _sealed(head: bytes) -> bytes:
     return head + SEAL.format(hashlib.sha256(head).hexdigest()).encode()
 
 
-def _digest(path: Path, sync: bool = False) -> tuple[int, str]:
+def _digest(path: Path) -> tuple[int, str]:
+    """(bytes, hex sha256) of a file that this process has written, put on disk first."""
     with open(path, "rb") as file:
-        if sync:
-            os.fsync(file.fileno())
+        os.fsync(file.fileno())
         return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _strangers(target: Path, manifest: Manifest) -> list[str]:
+    """Files of the step that its manifest does not name, which a reader of arrays might take for its own; hidden ones (of NFS, of
+    file browsers) are nobody's."""
+    try:
+        there = (p.relative_to(target) for p in target.rglob("*") if not p.name.startswith(".") and not p.is_dir())
+        return sorted({p.as_posix() for p in there} - manifest.files.keys() - {FILE})
+    except OSError:
+        return []  # a folder that cannot be listed: its files cannot be read either, which is told by name
 
 
 def _fault(target: Path, name: str, wanted: dict[str, Any]) -> str | None:
     try:
-        size, digest = _digest(target / name)
+        with open_inside(target, name) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != wanted["bytes"]:
+                return f"{name}: {size} bytes, saved with {wanted['bytes']}"
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return f"{name}: cannot be read ({error.strerror})"
-    if size != wanted["bytes"]:
-        return f"{name}: {size} bytes, saved with {wanted['bytes']}"
     if digest != wanted["sha256"]:
         return f"{name}: sha256 {digest[:12]}..., saved with {wanted['sha256'][:12]}..."
     return None

@@ -1,10 +1,10 @@
 """Processes that are started for a run: tied to the one that starts them, and with their share of the GPUs.
 
-    python -m jaxvl.processes PARENT COMMAND...
+    python -m jaxvl.processes PARENT:GRACE COMMAND...
 
 runs COMMAND tied to the process PARENT: where that is killed in a way it cannot answer, Linux sends SIGTERM to the command,
-which then saves and ends. The tie survives exec, so COMMAND need know nothing of it. Elsewhere than on Linux the command is
-run untied.
+which then saves and ends. The tie survives exec, so COMMAND need know nothing of it. `jaxvl train` also finds PARENT:GRACE in
+its environment, and ends itself where it has not stopped GRACE seconds later. Elsewhere than on Linux the command is run untied.
 """
 
 import ctypes
@@ -15,11 +15,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PARENT = "JAXVL_PARENT"  # PARENT:GRACE in the environment of a tied command
+GRACE = 30.0  # seconds that a process is given to save and leave
 
 
-def tied(command: list[str]) -> list[str]:
-    """`command` tied to this process; to be started by its main thread, whose end counts as that of the process."""
-    return [sys.executable, "-m", "jaxvl.processes", str(os.getpid()), *command]
+def tied(command: list[str], grace: float = GRACE) -> list[str]:
+    """`command` tied to this process; to be started by its main thread, whose end counts as that of the process.
+
+    grace: seconds after this process's end in which the command may still save.
+    """
+    return [sys.executable, "-m", "jaxvl.processes", f"{os.getpid()}:{grace:g}", *command]
+
+
+def grace(parent: str) -> float:
+    """The seconds of PARENT:GRACE."""
+    return float(parent.partition(":")[2] or GRACE)
 
 
 def gpu_shares(parts: int, env: Mapping[str, str], gpus: Sequence[str] | None = None) -> list[dict[str, str]]:
@@ -44,6 +54,7 @@ def gpu_shares(parts: int, env: Mapping[str, str], gpus: Sequence[str] | None = 
 if __name__ == "__main__":
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != int(sys.argv[1]):
-            sys.exit(f"process {sys.argv[1]}, which asked for this one, is gone")
+        if os.getppid() != int(sys.argv[1].partition(":")[0]):
+            sys.exit(f"process {sys.argv[1].partition(':')[0]}, which asked for this one, is gone")
+        os.environ[PARENT] = sys.argv[1]
     os.execvp(sys.argv[2], sys.argv[2:])

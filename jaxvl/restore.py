@@ -4,6 +4,7 @@ Nothing here writes, so it is safe beside a run that is going on.
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,12 +37,14 @@ def verified(folder: Path, step: int | None = None) -> Manifest | None:
     passed over. Raises DamagedError where `step` itself or every step is damaged, FileNotFoundError where `step` is not there.
     """
     folder = Path(folder).absolute()
-    steps = _steps_of_first_process(folder)
+    steps = steps_of_first_process(folder)
     if step is not None and step not in steps:
         raise FileNotFoundError(f"{folder} has no checkpoint of step {step}; it has {steps or 'none'}")
     refused = ""
     for candidate in steps if step is None else [step]:
         found, faults = manifest.examine(folder, candidate, (jax.process_index(), jax.process_count()))
+        if found and not faults:
+            faults = _other_step(folder, found)
         if not _any_process(bool(faults)):
             return found
         more = f" (and {len(faults) - 1} more files)" if len(faults) > 1 else ""
@@ -148,10 +151,28 @@ def agree(error: Exception | None) -> None:
         raise error or OSError("another process of this run failed in its checkpoint; its own message says why")
 
 
-def _steps_of_first_process(folder: Path) -> list[int]:
-    """Process 0's list on every process: network file systems show a rename to other hosts a little later."""
-    steps = np.asarray(whole_steps(folder), np.int32)
+def steps_of_first_process(folder: Path, keep: Callable[[int], bool] = lambda step: True) -> list[int]:
+    """The whole steps that process 0 sees and keeps, newest first, on every process.
+
+    Network file systems show a rename to other hosts a little later, so processes that each looked for themselves would
+    restore different steps.
+    """
+    found: list[int] = []
+    if jax.process_index() == 0:
+        found = [step for step in whole_steps(folder) if keep(step)]
     if jax.process_count() == 1:
-        return steps.tolist()
-    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
-    return multihost_utils.broadcast_one_to_all(np.resize(steps, count)).tolist()
+        return found
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(found))))
+    return multihost_utils.broadcast_one_to_all(np.resize(np.asarray(found, np.int32), count)).tolist()
+
+
+def _other_step(folder: Path, found: Manifest) -> list[str]:
+    """A fault where the state of a run counts other steps than its manifest: hashes alone cannot tell, since whoever copies a
+    step can hash it anew."""
+    if "position" not in found.meta or found.leaves.get("step") != "int32[]":
+        return []
+    try:
+        counted = int(read_leaves(folder, found.step, {"step": jax.ShapeDtypeStruct((), np.int32)})["step"])
+    except Exception as error:  # whatever Orbax and TensorStore raise: these files cannot be read
+        return [f"state: its step cannot be read ({str(error).splitlines()[0][:200] if str(error) else repr(error)})"]
+    return [] if counted == found.step else [f"state: it is that of step {counted}"]

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxvl import manifest
-from jaxvl.checkpoint import Restored, Saver, whole_steps
+from jaxvl.checkpoint import Restored, Saver
 from jaxvl.manifest import DamagedError
 from jaxvl.progress import say
 from jaxvl.report.log import IN_FLIGHT
+from jaxvl.restore import steps_of_first_process
 from jaxvl.state import TrainState, samples_seen
 
 LATE = IN_FLIGHT + 2  # steps after which the log has seen one to its end
@@ -73,7 +74,8 @@ def go_back(saver: Saver, abstract: TrainState, state: TrainState, skipped: Skip
     saver.wait()
     what = f"{skipped.row} steps in a row up to step {step} had a loss or gradient that is not finite"
     mend = "lower config.optim.learning_rate, set config.optim.clip_norm, or look at the samples"
-    found = next(filter(None, (_restore(saver, abstract, at) for at in whole_steps(saver.folder) if at <= step)), None)
+    steps = steps_of_first_process(saver.folder, lambda at: at <= step and _usable(saver, at))
+    found = next(filter(None, (_restore(saver, abstract, at) for at in steps)), None)
     if found is None:
         raise DivergedError(f"{what}, and no checkpoint was saved before them: {mend}")
     tries[found.step] = tries.get(found.step, 0) + 1
@@ -83,10 +85,19 @@ def go_back(saver: Saver, abstract: TrainState, state: TrainState, skipped: Skip
     return found._replace(state=found.state._replace(position=state.position, skipped=state.skipped))
 
 
-def _restore(saver: Saver, abstract: TrainState, step: int) -> Restored | None:
-    """The checkpoint of `step`; None where it is damaged or was saved amid skipped steps."""
+def _usable(saver: Saver, step: int) -> bool:
+    """Whether the checkpoint of `step` has a manifest and was not saved amid skipped steps."""
     try:
-        return saver.restore(abstract, step) if _good(manifest.read(saver.folder, step).meta.get("skipped", [])) else None
+        return _good(manifest.read(saver.folder, step).meta.get("skipped", []))
+    except DamagedError as error:
+        say(f"checkpoint step {step} is not used: {error}")
+        return False
+
+
+def _restore(saver: Saver, abstract: TrainState, step: int) -> Restored | None:
+    """The checkpoint of `step`; None, on all processes, where it is damaged."""
+    try:
+        return saver.restore(abstract, step)
     except DamagedError as error:
         say(f"checkpoint step {step} is not used: {error}")
         return None

@@ -4,21 +4,17 @@ The order inside the loop is what makes a resumed run equal to one that was neve
 An evaluation comes before the save of the same step, so that a run resumed there has its numbers and does not repeat it.
 """
 
-import itertools
 import json
-import signal
 import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxvl import assembly, checkpoint, config as configs, evals, hosts, report
+from jaxvl import assembly, checkpoint, config as configs, evals, hosts, report, seal
 from jaxvl.data import lexicon
 from jaxvl.data.dataset import Dataset, open_data
 from jaxvl.data.stream import train_batches
@@ -30,19 +26,20 @@ from jaxvl.progress import say
 from jaxvl.report.metrics import write_atomic
 from jaxvl.rollback import Skipped, go_back
 from jaxvl.state import samples_seen
+from jaxvl.stopping import end_with_parent, stopping
 
 # What may differ between two starts of one run; a change of anything else is pointed out.
 MAY_CHANGE = ("mesh.", "checkpoint.", "log.", "evals.", "train.steps", "train.epochs", "data.workers", "data.threads")
-TERMINATED = 143  # exit status of a run that SIGTERM stopped: saved, not finished
 
 
 def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
     """Train the run in `workdir` from its newest whole checkpoint, or from the start, to its last step.
 
     age: seconds this process has spent on the run before, which count as its start.
-    Returns 0, or TERMINATED where SIGTERM stopped it. Raises ValueError for what is wrong in the config, before any compile.
+    Returns 0, or the status of stopping.py where it was told to stop. Raises ValueError for what is wrong in the config, before any compile.
     """
     recipe = configs.read(config)
+    end_with_parent()
     hosts.join()
     mesh = make_mesh(recipe.mesh)
     # The saver locks the workdir, so it comes before anything is written there.
@@ -75,7 +72,7 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
             train_step = jax.jit(plan.step, donate_argnums=0, out_shardings=plan.out_shardings).lower(plan.state, plan.batch).compile()
             record.save(workdir, parts, plan, train_step, mesh, steps)
 
-        with _terminated() as stop, ExitStack() as stack:
+        with stopping() as told, ExitStack() as stack:
             restored = saver.restore(plan.state)
             state = (
                 restored.state
@@ -97,12 +94,13 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
                 views=recipe.augment.views, sides=recipe.augment.hflip == "unsided",
             )))  # fmt: skip
 
+            sealed = seal.stamp(workdir)
             skipped = Skipped(recipe.train.rollback, restored.meta.get("skipped", []) if restored else [])
             tries: dict[int, int] = {}
 
             def save(*, block: bool = False) -> None:
                 meta = {"config": config.to_json_best_effort(), "position": {"seed": recipe.seed, "samples": samples_seen(state.position)},
-                        "skipped": skipped.note(), **lexicon.stamp(parts.tokenizer)}  # fmt: skip
+                        "skipped": skipped.note(), "files": sealed, **lexicon.stamp(parts.tokenizer)}  # fmt: skip
                 with log.pause("checkpoint"):
                     saver.save(step, state, meta, values, block=block)
 
@@ -137,12 +135,12 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
                             recipe.augment,
                         )
                     log.write(step, values, galleries)
-                if stop():
+                if status := told():
                     save(block=True)
                     if recipe.log.html and jax.process_index() == 0:
                         report.write_report(workdir)
                     say(f"terminated: step {step} is saved; the same command continues there")
-                    return TERMINATED
+                    return status
                 if step == steps or step % recipe.checkpoint.every == 0:
                     skipped.settle()
                     # Amid skipped steps nothing is learnt, and what is kept of a few checkpoints should be good ones.
@@ -190,20 +188,3 @@ def _keep_config(config: ConfigDict, workdir: Path) -> None:
             if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE):
                 say(f"config.{name} was {old.get(name)!r} when this run began and is {new.get(name)!r} now")
     write_atomic(file, config.to_json_best_effort(indent=2))  # others may be reading it, and a full disk must not cut it short
-
-
-@contextmanager
-def _terminated() -> Iterator[Any]:
-    """stop(): whether SIGTERM has come; called after every step, it becomes true on all processes at the same one."""
-    seen: list[int] = []
-    if jax.process_count() > 1:
-        # JAX's own service catches the signal of any process and agrees with all others on a call. The calls are numbered from 1, not by
-        # step: of a signal that came before the first call the service expects it at number 1, and would miss it in a resumed run.
-        calls = itertools.count(1)
-        yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
-    try:
-        yield lambda: bool(seen)
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,5 +1,7 @@
 """Which process of a run this is, from flags and from what Slurm, GKE and TPU VMs put into the environment."""
 
+import re
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -81,3 +83,45 @@ def test_a_heartbeat_that_cannot_be_meant(text, monkeypatch):
     monkeypatch.setenv("JAXVL_HEARTBEAT", text)
     with pytest.raises(ValueError, match=f"JAXVL_HEARTBEAT is '{text}'"):
         hosts.join()
+
+
+@pytest.mark.parametrize(
+    ("env", "named"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES is 'two'"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID is '-1'"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2"),
+        ({"JAX_COORDINATOR_ADDRESS": "a", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is 'a'"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:70000", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is 'a:70000'"),
+        ({"SLURM_STEP_NUM_TASKS": "x", "SLURM_PROCID": "0"}, "SLURM_STEP_NUM_TASKS is 'x'"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1.5"}, "SLURM_JOB_ID is '1.5'"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}, "SLURM_STEP_TASKS_PER_NODE is not set"),
+    ],
+)
+def test_a_variable_that_cannot_be_meant_is_named(env, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        hosts.find(env)
+
+
+@pytest.mark.parametrize("process", ["3/2", "2/2", "x/2", "1"])
+@pytest.mark.parametrize("coordinator", ["localhost:1", "localhost", ""])
+def test_flags_that_cannot_be_meant_are_refused(coordinator, process):
+    with pytest.raises(ValueError, match="--coordinator="):
+        hosts.name_by_flags(coordinator, process, {})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1.2.3"])
+def test_a_coordinator_on_the_loopback_listens_there_alone(host):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+    assert hosts.listen(f"{host}:{port}") == f"127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize(("taken", "asked"), [("127.0.0.1", "localhost"), ("0.0.0.0", "127.0.0.1"), ("0.0.0.0", "some.host")])
+def test_a_port_that_is_taken_is_told(taken, asked):
+    with socket.socket() as other:
+        other.bind((taken, 0))
+        other.listen()
+        with pytest.raises(OSError, match=f"port {other.getsockname()[1]} of the coordinator {asked}"):
+            hosts.listen(f"{asked}:{other.getsockname()[1]}")

@@ -11,7 +11,7 @@ from running import FAST, RECIPE, STEPS, Progress, finish, metrics, peers, refer
 
 from jaxvl import manifest
 from jaxvl.manifest import whole_steps
-from jaxvl.train import TERMINATED
+from jaxvl.stopping import TERMINATED
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from jaxvl.checkpoint import Restored
 from jaxvl.report.samples import read_samples
 from jaxvl.rollback import LATE, DivergedError, Skipped
 from jaxvl.state import TrainState
+from jaxvl.stopping import TERMINATED
 
 BATCH = 8
 
@@ -107,7 +108,7 @@ def test_a_run_that_is_stopped_amid_bad_steps_has_the_same_end(tmp_path, poison,
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(report.log.RunLog, "fed", stop_at_12)
-    assert run(tmp_path / "b", "checkpoint.every=8") == train.TERMINATED
+    assert run(tmp_path / "b", "checkpoint.every=8") == TERMINATED
     monkeypatch.setattr(report.log.RunLog, "fed", fed)
     assert run(tmp_path / "b", "checkpoint.every=8") == 0
     assert metrics(tmp_path / "b") == metrics(tmp_path / "a")

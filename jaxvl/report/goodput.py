@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxvl.report.clock import STEP
-from jaxvl.report.metrics import write_atomic
+from jaxvl.report.metrics import read_whole, write_atomic
 
 # Order and wording of the account; "compute" is the useful part.
 KINDS = {
@@ -41,8 +41,12 @@ class Session(NamedTuple):
 
 def read_sessions(folder: Path) -> list[Session]:
     """The sessions noted in `folder`, oldest first."""
-    path = folder / "sessions.json"
-    return [Session(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+    return read_whole(folder / "sessions.json", lambda entries: [_session(**entry) for entry in entries], [])
+
+
+def _session(began: float, first: int, last: int, kept: int, seconds: dict[str, float]) -> Session:
+    """Raises TypeError where an entry is none of a session."""
+    return Session(float(began), int(first), int(last), int(kept), {str(k): float(v) for k, v in seconds.items()})
 
 
 def save_sessions(folder: Path, sessions: Sequence[Session]) -> None:

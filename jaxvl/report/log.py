@@ -91,6 +91,7 @@ class RunLog:
         self._thread: threading.Thread | None = None
         self._facts: dict[str, str] = {}
         self._bad_path = self._folder / f"bad-{process}.jsonl"
+        metrics.mend(self._bad_path, shard=str, key=str, reason=str)
         self._bad = {(row["shard"], row["key"], row["reason"]) for _, row in metrics.read_lines(self._bad_path)}
         self._fed: metrics.Writer | None = None
         self._peers: Peers | None = None
@@ -271,6 +272,7 @@ class RunLog:
 
     def _open_writers(self, step: int) -> None:
         path = self._workdir / metrics.METRICS
+        metrics.mend(path, step=int)
         metrics.cut(path, step)
         opened = [lambda: metrics.jsonl_writer(path)]
         if self._options.tensorboard:

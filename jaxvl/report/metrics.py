@@ -5,13 +5,17 @@ one uninterrupted run however often it was killed. Floats are written so that re
 has no number for is written as the strings "nan", "inf" and "-inf".
 """
 
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from jaxvl.progress import say
 
 METRICS = "metrics.jsonl"
 _NOT_FINITE = ("nan", "inf", "-inf")
@@ -59,6 +63,53 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl, in order."""
     return [row for _, row in read_lines(Path(workdir) / METRICS)]
+
+
+def mend(path: Path, **fields: type) -> None:
+    """Drop the lines of a JSON-lines file that are no object with these fields; the file as it was is kept beside it, and said.
+
+    A line of a log is not worth a run: training goes on with those that can be read. A last line that a kill has torn is no damage.
+    """
+    if not path.is_file():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines
+    good = [line for line in whole if _has(line, fields)]
+    if len(good) < len(whole):
+        kept = aside(path)
+        write_atomic(path, b"".join(good).decode())
+        say(f"{path}: {len(whole) - len(good)} of {len(whole)} lines are damaged and left out; the file as it was is {kept}")
+
+
+def read_whole(path: Path, parse: Callable[[Any], Any], empty: Any) -> Any:
+    """`parse` of what a JSON file holds, `empty` where there is none; a damaged one is set aside, and said.
+
+    For files that only a report is made of, without which a run can go on.
+    """
+    if not path.is_file():
+        return empty
+    try:
+        return parse(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        say(f"{path} is damaged ({str(error)[:80]}) and begun anew; the file as it was is {aside(path)}")
+        path.unlink()
+        return empty
+
+
+def aside(path: Path) -> Path:
+    """A copy of a damaged file beside it, under a name that no other has: nothing is lost."""
+    numbers = (path.with_name(f"{path.name}.damaged{i or ''}") for i in itertools.count())
+    copy = next(free for free in numbers if not free.exists())
+    shutil.copyfile(path, copy)
+    return copy
+
+
+def _has(line: bytes, fields: Mapping[str, type]) -> bool:
+    try:
+        row = decode(line.decode())
+    except (ValueError, RecursionError):
+        return False
+    return all(isinstance(row.get(name), kind) and not isinstance(row[name], bool) for name, kind in fields.items())
 
 
 def cut(path: Path, step: int) -> None:

@@ -15,7 +15,7 @@ from jaxvl.progress import duration
 from jaxvl.report import plots, sparsity
 from jaxvl.report.clock import STEP
 from jaxvl.report.goodput import KINDS, Session, account, between, read_sessions
-from jaxvl.report.metrics import read_lines, read_metrics, write_atomic
+from jaxvl.report.metrics import read_lines, read_metrics, read_whole, write_atomic
 from jaxvl.report.page_style import STYLE
 from jaxvl.report.summary import KEPT_OUT, WAYS, finals, last_line, number, recalls
 
@@ -35,7 +35,7 @@ def save_galleries(folder: Path, step: int, galleries: Sequence[Gallery | Table]
     """Keep galleries and tables in `folder` for the page; each replaces the one of its title."""
     if galleries:
         path = folder / "galleries.json"
-        kept = json.loads(path.read_text()) if path.exists() else {}
+        kept = read_whole(path, dict, {})
         for g in galleries:
             body = {"head": g.head, "rows": g.rows} if isinstance(g, Table) else {"queries": [_plain(q) for q in g.queries]}
             kept[g.title] = {"step": step, **body}
@@ -52,11 +52,9 @@ def write_report(workdir: str | Path) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"{workdir} holds no report/ folder: no run was logged there")
     rows = read_metrics(workdir)
-    facts = _load(folder / "facts.json")
+    facts = read_whole(folder / "facts.json", dict, {})
     sessions = read_sessions(folder)
-    shown = _load(folder / "galleries.json")
-    galleries = {t: (g["step"], [_query(q) for q in g["queries"]]) for t, g in shown.items() if "queries" in g}
-    tables = [(t, table(g["head"], g["rows"])) for t, g in shown.items() if "rows" in g]
+    galleries, tables = read_whole(folder / "galleries.json", _shown, ({}, []))
     bad = [(r["shard"], r["reason"]) for path in sorted(folder.glob("bad-*.jsonl")) for _, r in read_lines(path)]
     name = workdir.resolve().name
     sections = (
@@ -269,8 +267,10 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], 
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
-def _load(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+def _shown(kept: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The galleries and the tables that `save_galleries` has kept."""
+    galleries = {t: (g["step"], [_query(q) for q in g["queries"]]) for t, g in kept.items() if "queries" in g}
+    return galleries, [(t, table(g["head"], g["rows"])) for t, g in kept.items() if "rows" in g]
 
 
 def _plain(q: Query) -> dict[str, Any]:

@@ -8,16 +8,16 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from jaxvl.report.metrics import Writer, cut, jsonl_writer, read_lines
+from jaxvl.report.metrics import Writer, cut, jsonl_writer, mend, read_lines
 
 
 def open_samples(folder: Path, process: int, processes: int, step: int) -> Writer:
     """The file of this process, cut after `step`, the one resumed from. Process 0 also cuts those of processes that the run has no more."""
     mine = folder / f"samples-{process}.jsonl"
-    cut(mine, step)
-    for path, number in _files(folder).items() if process == 0 else ():
-        if number >= processes:
-            cut(path, step)
+    others = [path for path, number in _files(folder).items() if number >= processes] if process == 0 else []
+    for path in [mine, *others]:
+        mend(path, step=int, row=int, ids=list)
+        cut(path, step)
     return jsonl_writer(mine)
 
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxvl.progress import say
 from jaxvl.report.clock import STEP
-from jaxvl.report.metrics import cut, decode, encode, jsonl_writer, read_lines
+from jaxvl.report.metrics import cut, decode, encode, jsonl_writer, mend, read_lines
 
 
 class Plan(NamedTuple):
@@ -47,9 +48,14 @@ class Window:
     """The window a run is in; kept in `path` whenever `save` is called, and found there by a run resumed at `step`."""
 
     def __init__(self, plan: Plan, path: Path, step: int) -> None:
+        mend(path, step=int, rows=list)
         cut(path, step)
         kept = [row["rows"] for _, row in read_lines(path) if row["step"] == step]
-        self._rows: list[dict[str, float | int]] = [decode(line) for line in kept[-1]] if kept else []
+        self._rows: list[dict[str, float | int]] = []
+        try:
+            self._rows = [decode(line) for line in kept[-1]] if kept else []
+        except (ValueError, TypeError) as error:
+            say(f"{path}: the steps before step {step} are missing from the next line of metrics, since they cannot be read ({error})")
         self._plan, self._step, self._file = plan, step, jsonl_writer(path)
         self._seconds: dict[str, float] = defaultdict(float)
         self._timed = 0  # steps of this process: those before a resume have no times
