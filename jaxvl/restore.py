@@ -4,6 +4,7 @@ Nothing here writes, so it is safe beside a run that is going on.
 """
 
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,16 @@ from jaxvl.mesh import path_str
 log = logging.getLogger(__name__)
 # Orbax narrates every save through absl; what matters of it reaches the user through the errors of these modules.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+def _quiet(unraisable: Any) -> None:
+    """Where one write of a save fails, Orbax closes its event loop, and TensorStore prints a traceback for each of the other writes,
+    which cannot be told there: hundreds of lines that hide the one that matters."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _shown(unraisable)
+
+
+_shown, sys.unraisablehook = sys.unraisablehook, _quiet
 
 
 class Restored(NamedTuple):

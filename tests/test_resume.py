@@ -53,6 +53,7 @@ def test_full_disk(tmp_path, reference):  # noqa: F811
         pytest.skip("cannot mount a small tmpfs here; test_checkpoint.py limits the size of files instead")
     try:
         finish(start(workdir), workdir, 2)
+        assert "Traceback" not in said(workdir)
         failed = int(
             re.search(rf"step (\d+) could not be saved in {disk}: No space left on device; it needs at least [\d,]+ bytes", said(workdir))[
                 1
