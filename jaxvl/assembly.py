@@ -1,5 +1,6 @@
 """What is trained: a recipe's method with its tokenizer and shapes, the step that is compiled, and how a run's arrays are read back."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from jaxvl.methods import METHODS
 from jaxvl.methods.method import Method, Run, for_faces
 from jaxvl.models import lora
 from jaxvl.optim import check_constant, frozen, learning_rate, make_optimizer
+from jaxvl.progress import say
 from jaxvl.state import STATE_RULES, TrainState, create
 from jaxvl.step import make_train_step
 
@@ -155,11 +157,23 @@ def read_params(parts: Parts, workdir: Path, mesh: Mesh | None, *, step: int | N
     folder = workdir / "checkpoints"
     found = checkpoint.restore_params(folder, shapes["params"], ema=ema, step=step)
     lexicon.same(parts.tokenizer, found.meta, workdir)
+    _tell_changes(workdir, found)
     if parts.method.with_memory is None:
         return found
     return found._replace(
         state=for_faces(parts.method, found.state, checkpoint.restore_memory(folder, shapes["memory"], step=found.step).state)
     )
+
+
+def _tell_changes(workdir: Path, found: checkpoint.Restored) -> None:
+    """Say where config.json asks for another model than the one that was saved: it may be damaged, or of a later start."""
+    file = workdir / "config.json"
+    if jax.process_index() != 0 or not file.is_file() or "config" not in found.meta:
+        return
+    now, then = (configs.flat(json.loads(text)) for text in (file.read_text(), found.meta["config"]))
+    for name in sorted(now.keys() | then.keys()):
+        if now.get(name) != then.get(name) and name.startswith(("method.", "image.", "text.", "lora.", "tokenizer.")):
+            say(f"note: config.{name} is {now.get(name)!r} in {file} and was {then.get(name)!r} when step {found.step} was saved")
 
 
 def read_memory(parts: Parts, workdir: Path, *, step: int | None = None) -> Any:

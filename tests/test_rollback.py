@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from running import CONFIG, leaves, metrics
 
-from jaxvl import assembly, config as configs, manifest, report, rollback, step as steps, train
+from jaxvl import assembly, config as configs, manifest, report, restore, rollback, step as steps, train
 from jaxvl.checkpoint import Restored
 from jaxvl.report.samples import read_samples
 from jaxvl.rollback import LATE, DivergedError, Skipped
@@ -158,3 +158,22 @@ def read_samples_of(workdir, count):
     dataset = open_data(recipe.data)
     shards, rows = sample_places(dataset, recipe.seed).at(np.arange(count * BATCH))
     return (dataset.starts[shards] + rows).reshape(count, BATCH).tolist()
+
+
+def test_processes_go_back_to_the_step_that_the_first_one_sees(monkeypatch, tmp_path):
+    """A slow shared file system shows this process other steps than process 0, whose list all of them take."""
+    sent = iter([np.int32(2), np.asarray([16, 8], np.int32)])
+    monkeypatch.setattr(restore.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(restore.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(restore.multihost_utils, "broadcast_one_to_all", lambda mine: next(sent))
+    (tmp_path / "00000024").mkdir()
+    looked = []
+    assert restore.steps_of_first_process(tmp_path, looked.append) == [16, 8]
+    assert looked == []
+
+
+def test_rollback_asks_for_the_list_of_the_first_process(monkeypatch, tmp_path):
+    saver = Folder(tmp_path, {8: [], 16: [1, 1, 1], 24: []})
+    monkeypatch.setattr(rollback, "steps_of_first_process", lambda folder, keep: [step for step in (24, 16, 8) if keep(step)][1:])
+    found = rollback.go_back(saver, STATE, STATE, Skipped(1), 30, {})
+    assert found.step == 8  # 24 is whole here, and 16 was saved amid skipped steps
