@@ -23,14 +23,22 @@ log = logging.getLogger(__name__)
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
-def _quiet(unraisable: Any) -> None:
-    """Where one write of a save fails, Orbax closes its event loop, and TensorStore prints a traceback for each of the other writes,
-    which cannot be told there: hundreds of lines that hide the one that matters."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+def _told_elsewhere(error: object) -> bool:
+    """Whether it is another write of a save that has failed already.
+
+    Where one write fails, Orbax closes its event loop, and TensorStore and asyncio print a traceback for each of the other
+    writes, whose errors nobody awaits any more: hundreds of lines that hide the one that matters.
+    """
+    return str(error) == "Event loop is closed" or str(error).startswith("RESOURCE_EXHAUSTED: Error writing")
+
+
+def _unraisable(unraisable: Any) -> None:
+    if not _told_elsewhere(unraisable.exc_value):
         _shown(unraisable)
 
 
-_shown, sys.unraisablehook = sys.unraisablehook, _quiet
+_shown, sys.unraisablehook = sys.unraisablehook, _unraisable
+logging.getLogger("asyncio").addFilter(lambda record: not (record.exc_info and _told_elsewhere(record.exc_info[1])))
 
 
 class Restored(NamedTuple):

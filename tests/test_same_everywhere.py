@@ -7,6 +7,7 @@ from jax.experimental import multihost_utils
 
 from jaxvl import train
 from jaxvl.data.dataset import DataOptions, open_data
+from jaxvl.stopping import TERMINATED, stopping
 
 
 @pytest.mark.parametrize("differs", [False, True])
@@ -25,5 +26,5 @@ def test_a_signal_before_the_first_step_of_a_resumed_run(monkeypatch):
     """JAX's service agrees on the call after the highest one made anywhere: number 1 where none was made yet."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda number: number == 1)
-    with train._terminated() as stop:
-        assert stop() and not stop()
+    with stopping() as told:
+        assert told() == TERMINATED and not told()
