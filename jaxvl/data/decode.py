@@ -120,14 +120,18 @@ def canvas_side(options: DecodeOptions) -> int:
 
 
 def decode_eval(image: bytes, options: DecodeOptions) -> np.ndarray:
-    """The centred square, or the whole image squashed (`options.fit`), as uint8 [size, size, 3]; raises Undecodable."""
+    """The centred square of whole pixels, or the whole image squashed (`options.fit`), as uint8 [size, size, 3]; raises Undecodable.
+
+    An odd pixel is left at the right or at the bottom, as image processors elsewhere do.
+    """
     header = read_header(image, options.min_side, options.max_pixels)
     width, height = header.upright
-    x = y = 0.0
+    x = y = 0
     if options.fit == "crop":
         side = min(width, height)
-        x, y = (width - side) / 2, (height - side) / 2
-    box = pixels.stored((x, y, width - x, height - y), header)
+        x, y = (width - side) // 2, (height - side) // 2
+        width = height = side
+    box = pixels.stored((x, y, x + width, y + height), header)
     found, factor = _decoded(image, header, [box], options.size, 1.0)
     return _cut(found, factor, header, box, options.size)
 

@@ -66,6 +66,18 @@ def test_eval_takes_the_centre_or_the_whole(fit):
     assert psnr(got, np.asarray(side.resize((32, 32), Image.Resampling.BICUBIC))) > 50
 
 
+@pytest.mark.parametrize("size, left, top", [((67, 40), 13, 0), ((41, 60), 0, 9)])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_eval_takes_whole_pixels_where_the_margin_is_odd(size, left, top, orientation):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    turn = {1: lambda x: x, 3: lambda x: x.rotate(180), 6: lambda x: x.transpose(Image.Transpose.ROTATE_90)}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    side = min(size)
+    got = decode_eval(encode(turn(noise), "PNG", exif=exif), OPTIONS._replace(size=side))
+    np.testing.assert_array_equal(got, np.asarray(noise.crop((left, top, left + side, top + side))))
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("orientation", [1, 3, 5, 6])
 @pytest.mark.parametrize("size", [(41, 47), (75, 51), (301, 203), (900, 1100)])
