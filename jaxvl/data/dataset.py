@@ -167,9 +167,9 @@ def open_triplets(options: DataOptions, sources: tuple[Source, ...], images: int
     if options.triplets == triplets.SIBLINGS:
         found = triplets.of_captions(triplets.captions(sources), options.sibling_rule, options.draws)
     elif options.triplets == triplets.ATTRIBUTES:
-        found = triplets.of_attributes(triplets.attributes(sources, options.attributes), options.draws)
+        found = triplets.of_attributes(triplets.attributes(sources, options.attributes), options.draws, cleaning_of(options))
     else:
-        rows, missing = triplets.read_files(triplet_files(options, sources), triplets.keys(sources))
+        rows, missing = triplets.read_files(triplet_files(options, sources), triplets.keys(sources), cleaning_of(options))
         found = triplets.listed(rows, images, options.triplet_text, missing)
     if not found.number:
         raise ValueError(f"data.triplets is {options.triplets!r}, but no two samples of {', '.join(s.name for s in sources)} are siblings")
@@ -181,6 +181,20 @@ def triplet_files(options: DataOptions, sources: tuple[Source, ...]) -> list[str
     if options.triplets == triplets.BESIDE:
         return triplets.files_beside(shard for source in sources for shard in source.shards)
     return [options.triplets] if isinstance(options.triplets, str) else list(options.triplets)
+
+
+def cleaning_of(options: DataOptions, chosen: Literal["", "plain", "albef"] = "") -> Cleaning:
+    """What becomes of a text that is of no source, such as a query: as `chosen`, or as the training cleans its captions.
+
+    Raises ValueError where the training cleans its sources in several ways and none is chosen.
+    """
+    styles: set[Style] = {chosen} if chosen else {options.cleaning} if isinstance(options.cleaning, str) else set(options.cleaning)
+    if len(styles) > 1:
+        raise ValueError(
+            f"data.cleaning differs between the sources of the training ({', '.join(sorted(styles))}); "
+            "set cleaning here, or data.cleaning where there is no such key, to one of them"
+        )
+    return Cleaning(min(styles), options.max_words)
 
 
 def place_of(options: DataOptions) -> Place:

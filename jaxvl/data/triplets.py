@@ -21,6 +21,7 @@ import numpy as np
 from jaxvl.data import siblings
 from jaxvl.data.siblings import SiblingRule
 from jaxvl.data.source import Bad, Record, Source, Want
+from jaxvl.data.text import Cleaning, clean_caption
 
 Texts = Literal["single", "joined", "joined_random"]
 BESIDE, SIBLINGS, ATTRIBUTES = "beside", "siblings", "attributes"
@@ -123,21 +124,21 @@ def of_captions(captions: Sequence[str | None], rule: SiblingRule, draws: int) -
     return drawn(captions, functools.partial(siblings.parents, rule=rule), siblings.modification, draws)
 
 
-def of_attributes(values: Sequence[tuple[str, ...] | None], draws: int) -> Triplets:
-    """`drawn` from tuples of attributes that differ in one place."""
-    return drawn(values, _without_one, _exchange, draws)
+def of_attributes(values: Sequence[tuple[str, ...] | None], draws: int, cleaning: Cleaning = Cleaning()) -> Triplets:
+    """`drawn` from tuples of attributes that differ in one place; the texts are cleaned as captions."""
+    return drawn(values, _without_one, functools.partial(_exchange, cleaning), draws)
 
 
 def _without_one(value: tuple[str, ...]) -> list[tuple]:
     return [(i, *value[:i], *value[i + 1 :]) for i in range(len(value))]
 
 
-def _exchange(source: tuple[str, ...], target: tuple[str, ...]) -> str:
-    return next(f"replace {a} with {b}" for a, b in zip(source, target, strict=True) if a != b)
+def _exchange(cleaning: Cleaning, source: tuple[str, ...], target: tuple[str, ...]) -> str:
+    return next(clean_caption(f"replace {a} with {b}", cleaning) for a, b in zip(source, target, strict=True) if a != b)
 
 
-def read_files(paths: Sequence[str], ids: dict[str, int]) -> tuple[list[Triplet], tuple[Bad, ...]]:
-    """The triplets of files whose images are in `ids` (key -> id), and one Bad for each image that is not.
+def read_files(paths: Sequence[str], ids: dict[str, int], cleaning: Cleaning = Cleaning()) -> tuple[list[Triplet], tuple[Bad, ...]]:
+    """The triplets of files whose images are in `ids` (key -> id), and one Bad for each image that is not. The texts are cleaned as captions.
 
     Raises ValueError naming file and line for what is no triplet, and where not one triplet has both its images.
     """
@@ -158,7 +159,7 @@ def read_files(paths: Sequence[str], ids: dict[str, int]) -> tuple[list[Triplet]
             if not line.strip():
                 continue
             lines += 1
-            fields, texts = _line(path, number, line)
+            fields, texts = _line(path, number, line, cleaning)
             absent = [key for key in (fields["reference"], fields["target"]) if key not in ids]
             missing |= {(path, key): Bad(path, key, "missing") for key in absent}
             if not absent:
@@ -171,17 +172,13 @@ def read_files(paths: Sequence[str], ids: dict[str, int]) -> tuple[list[Triplet]
     return found, tuple(missing.values())
 
 
-def _line(path: str, number: int, line: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _line(path: str, number: int, line: str, cleaning: Cleaning) -> tuple[dict[str, Any], tuple[str, ...]]:
     try:
         fields = json.loads(line)
         texts = fields["modification"]
-        texts = (texts,) if isinstance(texts, str) else tuple(texts)
-        good = (
-            bool(texts)
-            and all(isinstance(t, str) and t.strip() for t in texts)
-            and all(isinstance(fields[k], str) for k in ("reference", "target"))
-        )
-    except (ValueError, KeyError, TypeError):
+        texts = tuple(clean_caption(t, cleaning) for t in ([texts] if isinstance(texts, str) else texts))
+        good = bool(texts) and all(isinstance(fields[k], str) for k in ("reference", "target"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         good = False
     if not good:
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from jaxvl.data import triplets
-from jaxvl.data.dataset import DataOptions, Dataset, read_samples, triplet_files
+from jaxvl.data.dataset import DataOptions, Dataset, cleaning_of, read_samples, triplet_files
 from jaxvl.data.source import Record, Want
 from jaxvl.data.triplets import AND, Texts, Triplet
 from jaxvl.evals import embed, ranking
@@ -64,7 +64,7 @@ def evaluate(name: str, options: ComposedOptions, model: Model) -> tuple[dict[st
     Raises ValueError for options that cannot be.
     """
     dataset = open_checked(options, model.data)
-    rows, missing = triplets.read_files(files(options, dataset), triplets.keys(dataset.sources))
+    rows, missing = triplets.read_files(files(options, dataset), triplets.keys(dataset.sources), cleaning_of(model.data))
     embedded = embed_samples(model, dataset, options.batch_size)
     captions = triplets.captions(dataset.sources)
     caption_ids = same_caption(captions)
@@ -130,7 +130,7 @@ def open_checked(options: ComposedOptions, data: DataOptions) -> Dataset:
     if options.texts == "joined_random":
         raise ValueError("texts is 'joined_random', which is for training; queries take 'joined' or 'single'")
     dataset = open_for(data, options.source, captions="none")
-    triplets.read_files(files(options, dataset), triplets.keys(dataset.sources))
+    triplets.read_files(files(options, dataset), triplets.keys(dataset.sources), cleaning_of(data))
     return dataset
 
 

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 
 from jaxvl.data import decode
 from jaxvl.data.augment import AugmentOptions, preprocess
-from jaxvl.data.dataset import Style, decode_options
+from jaxvl.data.dataset import cleaning_of, decode_options
 from jaxvl.data.stream import Bad, DataOptions, Dataset, Want, eval_batches, open_data, query_batches, read_samples
+from jaxvl.data.text import Cleaning, Uncaptioned, clean_caption
 from jaxvl.mesh import place, process_rows
 from jaxvl.methods.method import Method
 
@@ -65,13 +66,24 @@ def open_for(
     if not source:
         raise ValueError("source is empty; it must name shards, such as 'val-{0000..0003}.tar' or 'glyphs://val-seen'")
     source = source if isinstance(source, str) else tuple(source)
-    styles: set[Style] = {cleaning} if cleaning else {data.cleaning} if isinstance(data.cleaning, str) else set(data.cleaning)
-    if len(styles) > 1 and captions != "none":
-        raise ValueError(
-            f"data.cleaning differs between the sources of the training ({', '.join(sorted(styles))}); set cleaning here to one of them"
-        )
+    style = data.cleaning if isinstance(data.cleaning, str) else data.cleaning[0]
+    if captions != "none":
+        style = cleaning_of(data, cleaning).style
     data = data._replace(classes=classes, hierarchy=hierarchy, split_level=split_level, levels=(), per_class=0, triplets="", attributes=())
-    return open_data(data._replace(source=source, weights=(), captions=captions, label=label, id="", cleaning=min(styles)))
+    return open_data(data._replace(source=source, weights=(), captions=captions, label=label, id="", cleaning=style))
+
+
+def cleaned(texts: Iterable[str], cleaning: Cleaning) -> list[str]:
+    """The texts as captions are cleaned. Raises ValueError naming the first of which nothing is left."""
+    out = []
+    for text in texts:
+        try:
+            out.append(clean_caption(text, cleaning))
+        except Uncaptioned as error:
+            raise ValueError(
+                f"the text {text[:80]!r} cannot be embedded: cleaned as the captions were ({cleaning.style}), it is {error}"
+            ) from None
+    return out
 
 
 def embed_samples(model: Model, dataset: Dataset, batch_size: int, captions: int = 1) -> Embedded:
@@ -130,9 +142,10 @@ def embed_image(model: Model, image: bytes) -> np.ndarray:
     return out["image"][0]
 
 
-def embed_texts(model: Model, texts: Sequence[str], batch_size: int) -> np.ndarray:
-    """float32 [text, d]."""
-    tokens, size = model.tokenizer.encode_batch(texts), whole_batch(model, batch_size)
+def embed_texts(model: Model, texts: Sequence[str], batch_size: int, cleaning: Cleaning | None = None) -> np.ndarray:
+    """float32 [text, d], of texts cleaned as the training's captions, or as `cleaning` says. Raises ValueError where nothing is left of one."""
+    texts, size = cleaned(texts, cleaning or cleaning_of(model.data)), whole_batch(model, batch_size)
+    tokens = model.tokenizer.encode_batch(texts)
     low, high = process_rows(model.mesh, size)
 
     def batches() -> Iterator[dict[str, jax.Array]]:

@@ -11,10 +11,10 @@ import numpy as np
 
 from jaxvl.data import decode, instances
 from jaxvl.data.augment import AugmentOptions, preprocess
-from jaxvl.data.dataset import DataOptions, decode_options
+from jaxvl.data.dataset import DataOptions, cleaning_of, decode_options
 from jaxvl.data.instances import Instances
 from jaxvl.evals import patchdis, words
-from jaxvl.evals.embed import Model, embed_texts, fetch, whole_batch
+from jaxvl.evals.embed import Model, cleaned, embed_texts, fetch, whole_batch
 from jaxvl.evals.patchdis import Overlap
 from jaxvl.gallery import Table
 from jaxvl.mesh import place, process_rows
@@ -117,7 +117,7 @@ def class_vectors(options: PatchdisOptions, model: Model, classes: tuple[str, ..
         return embed_texts(model, classes, options.batch_size)
     if model.method.embed_words is None or getattr(model.tokenizer, "lexicon", None) is None:
         raise ValueError("class_text is 'word', which needs a method whose coordinates are words; set it to 'prompt'")
-    columns = words.of_captions(model.tokenizer, model.tokenizer.encode_batch(classes))
+    columns = words.of_captions(model.tokenizer, model.tokenizer.encode_batch(cleaned(classes, cleaning_of(model.data))))
     if missing := [name for name, some in zip(classes, columns, strict=True) if not len(some)]:
         raise ValueError(f"class_text is 'word', and the class {missing[0]!r} has none of the model's words; set it to 'prompt'")
     alone = np.asarray(jax.jit(model.method.embed_words)(model.params, jnp.asarray(np.concatenate(columns), jnp.int32)))
@@ -127,7 +127,7 @@ def class_vectors(options: PatchdisOptions, model: Model, classes: tuple[str, ..
 
 def open_checked(options: PatchdisOptions, data: DataOptions) -> Instances:
     """The annotations to evaluate on. Raises ValueError for options or files that cannot be."""
-    del data
+    cleaning_of(data)  # refuses what leaves open how the names of the classes are cleaned
     if not options.source:
         raise ValueError("source is empty; it must name a file of instances in COCO's layout, such as 'annotations/instances_val2017.json'")
     for key, legal in (("classes", Classes), ("resolution", Resolution), ("aggregate", Aggregate), ("class_text", ClassText)):

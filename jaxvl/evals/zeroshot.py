@@ -4,13 +4,14 @@ A class is the mean of the unit embeddings of its prompts, made a unit vector ag
 highest cosine, equals to the class that comes first.
 """
 
+import itertools
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jaxvl.data.dataset import DataOptions, Dataset
-from jaxvl.data.text import prompts
-from jaxvl.evals.embed import Embedded, Model, embed_samples, embed_texts, open_for, records
+from jaxvl.data.dataset import DataOptions, Dataset, cleaning_of
+from jaxvl.data.text import Cleaning, prompts
+from jaxvl.evals.embed import Embedded, Model, cleaned, embed_samples, embed_texts, open_for, records
 from jaxvl.evals.topk import nearest
 from jaxvl.gallery import Gallery, Hit, Query
 
@@ -21,7 +22,7 @@ class ZeroshotOptions(NamedTuple):
     """The keys of an `evals` entry of this kind.
 
     source: shards, as in data.source. label: the field of the samples that names the class. classes: names of the classes to use
-    in prompts, in the order of the labels; () where the data's own words will do. templates: prompts, "{}" being the class, or the name of a set of them (data/text.py).
+    in prompts, in the order of the labels; () where the data's own words will do. templates: prompts, "{}" being the class, or the name of a set of them (data/text.py). cleaning: of prompts, by default that of the training's captions.
     every: steps between evaluations in a run, 0 for its end only. ks: the K of top-K accuracy. batch_size: images or prompts
     embedded at a time. show: images in the report.
     """
@@ -31,6 +32,7 @@ class ZeroshotOptions(NamedTuple):
     label: str = "class"
     classes: tuple[str, ...] = ()
     templates: str | tuple[str, ...] = ("{}", "a photo of a {}.")
+    cleaning: Literal["", "plain", "albef"] = ""
     every: int = 0
     ks: tuple[int, ...] = (1, 5)
     batch_size: int = 256
@@ -45,7 +47,7 @@ def evaluate(name: str, options: ZeroshotOptions, model: Model) -> tuple[dict[st
     dataset = open_checked(options, model.data)
     embedded = embed_samples(model, dataset, options.batch_size)
     names = class_names(options, dataset, embedded.labels)
-    weights = class_embeddings(model, names, options.templates, options.batch_size)
+    weights = class_embeddings(model, names, options.templates, options.batch_size, cleaning_of(model.data, options.cleaning))
     top, scores = nearest(embedded.images, weights, min(max(*options.ks, HITS), len(names)), model.mesh)
     right = top == embedded.labels[:, None]  # [image, place]
     numbers = {f"acc@{k}": float(right[:, :k].any(1).mean()) for k in options.ks}
@@ -60,7 +62,10 @@ def open_checked(options: ZeroshotOptions, data: DataOptions) -> Dataset:
         raise ValueError(f"ks is {options.ks}; it must be one or more whole numbers from 1")
     if not options.label or options.show < 0:
         raise ValueError(f"label is {options.label!r} and show is {options.show}; they must name a field and be at least 0")
-    return open_for(data, options.source, captions="none", label=options.label)
+    cleaning = cleaning_of(data, options.cleaning)
+    dataset = open_for(data, options.source, captions="none", label=options.label)
+    cleaned(itertools.chain.from_iterable(prompts(options.templates, options.classes or dataset.classes)), cleaning)
+    return dataset
 
 
 def class_names(options: ZeroshotOptions, dataset: Dataset, labels: np.ndarray) -> tuple[str, ...]:
@@ -77,10 +82,14 @@ def class_names(options: ZeroshotOptions, dataset: Dataset, labels: np.ndarray) 
     return tuple(names)
 
 
-def class_embeddings(model: Model, names: tuple[str, ...], templates: str | tuple[str, ...], batch_size: int) -> np.ndarray:
+def class_embeddings(
+    model: Model, names: tuple[str, ...], templates: str | tuple[str, ...], batch_size: int, cleaning: Cleaning
+) -> np.ndarray:
     """float32 [class, d], unit vectors."""
     texts = prompts(templates, names)
-    each = embed_texts(model, [text for of_class in texts for text in of_class], batch_size).reshape(len(names), len(texts[0]), -1)
+    each = embed_texts(model, [text for of_class in texts for text in of_class], batch_size, cleaning).reshape(
+        len(names), len(texts[0]), -1
+    )
     mean = each.mean(1)
     return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
 

@@ -10,6 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 from jax.sharding import Mesh
 
+from jaxvl.data.dataset import cleaning_of
 from jaxvl.models import sparse
 from jaxvl.progress import progress, say
 from jaxvl.search import lexical
@@ -44,7 +45,8 @@ def main(run: Path, source: str, out: Path, overrides: Sequence[str], *, step: i
         library(name)
     lexical.check(pruning)
     with jax.set_mesh(opened.model.mesh), drafting(out) as draft:
-        found = items(opened.model, source, batch_size)
+        cleaning = cleaning_of(opened.model.data)
+        found = items(opened.model, source, batch_size, cleaning)
         meta = {
             **opened.identity._asdict(),
             "run": str(run.absolute()),
@@ -52,6 +54,7 @@ def main(run: Path, source: str, out: Path, overrides: Sequence[str], *, step: i
             "overrides": list(overrides),
             "ema": ema,
             "what": found.what,
+            "cleaning": cleaning._asdict(),
         }
         if lexicals:
             how = Sparsity(sparse.default_threshold(len(opened.pieces)) if threshold is None else threshold, active)

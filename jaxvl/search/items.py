@@ -11,7 +11,7 @@ import numpy as np
 from jaxvl.data.dataset import Dataset, read_samples, rows_of
 from jaxvl.data.folder import SCHEME, images_below
 from jaxvl.data.source import Want
-from jaxvl.data.text import Uncaptioned, clean_caption
+from jaxvl.data.text import Cleaning, Uncaptioned, clean_caption
 from jaxvl.evals.embed import Model, embed_stream, embed_texts, open_for
 from jaxvl.progress import progress, say
 
@@ -27,10 +27,10 @@ class Items(NamedTuple):
     batches: Iterator[tuple[np.ndarray, list[str]]]
 
 
-def items(model: Model, source: str, batch_size: int) -> Items:
+def items(model: Model, source: str, batch_size: int, cleaning: Cleaning) -> Items:
     """The items of a source: a .txt or .jsonl file of texts, a folder of images, or shards as in data.source.
 
-    Raises ValueError where there is nothing, or where the method embeds no texts; from the iterator for a line that holds no text.
+    cleaning: of texts; their names are the texts on one line. Raises ValueError where there is nothing, or where the method embeds no texts; from the iterator for a line that holds no text.
     """
     path = Path(source).expanduser()
     if path.suffix in TEXTS:
@@ -40,7 +40,7 @@ def items(model: Model, source: str, batch_size: int) -> Items:
             total = sum(1 for line in file if line.strip())
         if not total:
             raise ValueError(f"{source} has no line of text")
-        return Items("texts", _texts(model, path, batch_size, total))
+        return Items("texts", _texts(model, path, batch_size, total, cleaning))
     if path.is_dir() and not any(path.glob("*.tar")):
         if not images_below(path):
             raise ValueError(f"{source} is a folder with neither images nor *.tar; a file of texts ends in {' or '.join(TEXTS)}")
@@ -68,27 +68,27 @@ def _images(model: Model, dataset: Dataset, batch_size: int) -> Iterator[tuple[n
         say(f"{bad:,} of {len(dataset):,} images cannot be used and are not in the index ({why or 'found so before'})")
 
 
-def _texts(model: Model, path: Path, batch_size: int, total: int) -> Iterator[tuple[np.ndarray, list[str]]]:
+def _texts(model: Model, path: Path, batch_size: int, total: int, cleaning: Cleaning) -> Iterator[tuple[np.ndarray, list[str]]]:
     def lines() -> Iterator[str]:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _text(line, f"{path}:{number}", path.suffix == ".jsonl")
+                    yield _text(line, f"{path}:{number}", path.suffix == ".jsonl", cleaning)
 
     part: list[str] = []
     with progress(total=total, text="embedding texts", unit="texts") as bar:
         for text in lines():
             part.append(text)
             if len(part) == AHEAD * batch_size:
-                yield embed_texts(model, part, batch_size), part
+                yield embed_texts(model, part, batch_size, cleaning), part
                 bar.advance(len(part))
                 part = []
         if part:
-            yield embed_texts(model, part, batch_size), part
+            yield embed_texts(model, part, batch_size, cleaning), part
             bar.advance(len(part))
 
 
-def _text(line: bytes, where: str, is_json: bool) -> str:
+def _text(line: bytes, where: str, is_json: bool, cleaning: Cleaning) -> str:
     found: Any = line
     if is_json:
         try:
@@ -105,6 +105,7 @@ def _text(line: bytes, where: str, is_json: bool) -> str:
         if found is None:
             raise ValueError(f"{where} has no text: a line is a string, or an object with one of {', '.join(FIELDS)}")
     try:
+        clean_caption(found, cleaning)
         return clean_caption(found)
     except Uncaptioned as error:
         raise ValueError(f"{where}: {error}") from None

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxvl.data.decode import Undecodable
+from jaxvl.data.text import Cleaning
 from jaxvl.evals.embed import Model, embed_image, embed_texts
 from jaxvl.search import lexical
 from jaxvl.search.backends import open_backend, vectors
@@ -65,11 +66,11 @@ def main(
 
 
 def embed(index: Index, model: Model, text: str | None, image: Path | None) -> Any:
-    """The query as the index's items: a csr_array [1, V], or float32 [1, d]. Raises ValueError for a text that the method cannot embed, or no image."""
+    """The query as the index's items, a text cleaned as they were: a csr_array [1, V], or float32 [1, d]. Raises ValueError for a text that the method cannot embed, or no image."""
     if image is None:
         if model.method.embed_text is None or model.tokenizer is None:
             raise ValueError("the method of this run embeds no texts; ask with --image")
-        out = embed_texts(model, [text or ""], 1)
+        out = embed_texts(model, [text or ""], 1, Cleaning(**index.meta.get("cleaning", {})))
     else:
         try:
             out = embed_image(model, image.read_bytes())[None]

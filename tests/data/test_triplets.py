@@ -95,6 +95,9 @@ def test_missing_images_are_listed_and_not_fatal(glyphs, tmp_path):
     assert [draw("single", m, 0.0) for m in (0, 1)] == ["is longer", "has dots"] and texts["single"].number == 2
     assert draw("joined", 0, 0.0) == draw("joined_random", 0, 0.9) == "is longer <and> has dots"
     assert draw("joined_random", 0, 0.1) == "has dots <and> is longer"
+    path.write_text(json.dumps(lines[0] | {"modification": ["\ufeffIs  longer, ", "has\xa0dots!"]}))
+    for cleaning, text in (("plain", "Is longer, <and> has dots!"), ("albef", "is longer <and> has dots")):
+        assert open_data(GLYPHS._replace(triplets=str(path), cleaning=cleaning)).triplets.draw(0, np.zeros(triplets.LANES))[2] == text
     path.write_text(json.dumps(lines[1]))
     with pytest.raises(ValueError, match=r"none of the 1 triplets .* has both its images in the shards \(missing: gone\)"):
         open_data(GLYPHS._replace(triplets=str(path)))

@@ -127,6 +127,14 @@ def test_zeroshot_from_shards(shard: str, tmp_path: Path, label: str) -> None:
     assert gallery.queries[0].hits[0].score == pytest.approx(1) and gallery.queries[0].hits[0].right and gallery.queries[0].rank == 0
 
 
+def test_prompts_are_cleaned_as_captions_are(shard: str, tmp_path: Path) -> None:
+    numbers = []
+    for classes, cleaning in ((("2 c", "1 b", "0 a"), "plain"), (("\ufeff2 c", "1\xa0b", " 0\ta"), ""), (("2, C", "1-b", "0?"), "albef")):
+        entry = ZeroshotOptions(source=shard, classes=classes, cleaning=cleaning, templates=("{}",), ks=(1,), batch_size=4, show=0)
+        numbers.append(run({"zs": entry}, tmp_path)[0]["zs/class_acc@1"])
+    assert numbers[0] > 0 and len(set(numbers)) == 1
+
+
 def test_per_class_leaves_out_classes_without_images() -> None:
     shares = per_class(np.array([True, False, True]), np.array([0, 0, 2]), 4)
     np.testing.assert_array_equal(shares, [0.5, np.nan, 1, np.nan])
@@ -141,6 +149,10 @@ def test_per_class_leaves_out_classes_without_images() -> None:
         (RetrievalOptions(source="SHARD", folds=3), r"evals.val: folds=3 does not divide 20 images"),
         (RetrievalOptions(source="SHARD", batch_size=0), r"evals.val: batch_size is 0"),
         (ZeroshotOptions(source="SHARD", templates=("a photo",)), r"evals.val: the prompt template 'a photo' must have one {}"),
+        (
+            ZeroshotOptions(source="SHARD", classes=("!", "1", "2"), templates=("{}",), cleaning="albef"),
+            r"evals.val: the text '!' cannot be emb",
+        ),
         (ZeroshotOptions(source="SHARD", label="number"), r"evals.val: the labels in 'number' are numbers; set classes"),
         (
             ZeroshotOptions(source="SHARD", classes=("1", "2")),

@@ -52,9 +52,10 @@ def opened_once():
 
     def once(run, overrides=(), *, step=None, ema=False):
         assert step in (None, 3)
-        if run not in held:
-            held[run] = model.open_run(run, overrides, step=step, ema=ema)
-        return held[run]
+        key = (run, *overrides)
+        if key not in held:
+            held[key] = model.open_run(run, overrides, step=step, ema=ema)
+        return held[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "open_run", once)
@@ -158,6 +159,26 @@ def test_texts_of_a_file(made, opened, name, tmp_path, capsys):
     x = by_hand(opened[name], texts=CAPTIONS)
     want = np.where(x > x.shape[1] ** -0.5, x, 0) if name == "lexvla" else x
     np.testing.assert_allclose(rows.toarray() if name == "lexvla" else rows, want, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("cleaning", "asked"),
+    [
+        ("plain", ["a  red\t dog ", "\ufeffa red dog", "a\xa0red\u2003dog", "\u200ba red dog\0"]),
+        ("albef", ["a red dog", "A red dog!", "\ufeffA  Red-dog."]),
+    ],
+)
+def test_queries_are_cleaned_as_the_captions_were(made, tmp_path, capsys, cleaning, asked):
+    """Whatever its white space, and with ALBEF's cleaning its case and punctuation, a text finds itself; of the items as of the queries."""
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, ["a green tree", *asked])))
+    how = f"--config.data.cleaning={cleaning}"
+    assert cli.main(["search", "index", str(made / "clip"), str(tmp_path / "texts.jsonl"), "--index", str(tmp_path / "index"), how]) == 0
+    for text in asked:
+        capsys.readouterr()
+        assert cli.main(["search", "query", str(tmp_path / "index"), "--text", text, "--k", str(len(asked)), "--json"]) == 0
+        assert [hit["score"] for hit in answer(capsys.readouterr().out)["hits"]] == pytest.approx([1] * len(asked), abs=1e-5)
+    assert cli.main(["search", "query", str(tmp_path / "index"), "--text", " \ufeff"]) == 2
+    assert "cannot be embedded: cleaned as the captions were" in capsys.readouterr().err
 
 
 def test_shards(made, tmp_path, capsys):
