@@ -5,19 +5,20 @@
         --config.data.source="emoji/train-*.tar" --config.evals.val.source="emoji/val-*.tar"
 
 The argument says which entry of the samples' `hierarchy` field is the given hierarchy: for `glyphs` (the default) the letter with its case
-and accents taken off, for `emoji` the subgroup. What the paper compares is one override each:
+and accents taken off, for `emoji` the subgroup. A learned hierarchy has as many groups as the given one, so that rows of one table differ
+in what is grouped and not in how finely; with other data set method.num_coarse. What the paper compares is one override each:
 
     --config.method.hierarchy=none                                      the base loss alone, Proxy-Anchor
     --config.method.hierarchy=given                                     the data's own hierarchy
-    --config.method.coarse_mode=free                                    a learned one (the default), or tied, or frozen
+    --config.method.coarse_mode=free                                    a learned one whose proxies train, or tied (the default is frozen)
     --config.method.base_loss=proxy_nca_pp                              Proxy-NCA++, with any of the above
 """
 
 from ml_collections import ConfigDict
 
 SETS = {
-    "glyphs": dict(source="glyphs://train", val="glyphs://val", level=2, rate=1e-3, steps=450),
-    "emoji": dict(source="train-*.tar", val="val-*.tar", level=1, rate=3e-4, steps=300),
+    "glyphs": dict(source="glyphs://train", val="glyphs://val", level=2, groups=288, rate=1e-3, steps=450),
+    "emoji": dict(source="train-*.tar", val="val-*.tar", level=1, groups=97, rate=3e-4, steps=300),
 }
 
 
@@ -25,7 +26,7 @@ def get_config(data: str = "glyphs") -> ConfigDict:
     of = SETS[data]
     config = ConfigDict()
     config.seed = 0
-    config.method = dict(name="hpl", width=64, level_weights=(1.0, 0.25), num_coarse=(0,), hierarchy_start="half")
+    config.method = dict(name="hpl", width=64, level_weights=(1.0, 0.25), num_coarse=(of["groups"],), hierarchy_start="half")
     # Four large patches: so few images train little more than a perceptron, where small patches and their mean lose what is where.
     config.image = dict(
         variant="", patch=20, width=192, depth=2, heads=3, mlp_dim=384, pool="mean", class_tokens=0, head_bias=True, dtype="float32"

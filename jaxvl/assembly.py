@@ -56,7 +56,7 @@ def program(parts: Parts, mesh: Mesh | AbstractMesh, steps: int) -> Program:
     key = jax.eval_shape(lambda: jax.random.key(recipe.seed))  # of an absent mesh no device could hold one
     params_shape, _ = jax.eval_shape(lambda key: method.init(key, parts.spec), key)
     check_constant(recipe.optim, params_shape, method.constant)
-    tx = make_optimizer(recipe.optim, params_shape, steps)
+    tx = make_optimizer(recipe.optim, params_shape, steps, method.renewed)
 
     def init(key: jax.Array) -> TrainState:
         params, memory = method.init(key, parts.spec)

@@ -170,6 +170,8 @@ def read(config: ConfigDict) -> Recipe:
         raise ConfigError(f"config.train.accumulate is {train.accumulate}; it must divide train.batch_size {train.batch_size}")
     if (train.steps > 0) == (train.epochs > 0):
         raise ConfigError(f"config.train: set either steps or epochs above 0 (steps is {train.steps}, epochs is {train.epochs})")
+    if getattr(recipe.method, "hierarchy", "given") != "given":  # the levels of the data, which they may lack, are then read by nothing
+        recipe = recipe._replace(data=recipe.data._replace(levels=()))
     return recipe
 
 

@@ -31,7 +31,8 @@ def of_run(recipe: Any, workdir: Path, dataset: Dataset | None) -> Run:
     if dataset.table is None:
         return facts
     names, parents = list(dataset.table.names), [list(a) for a in dataset.table.parents]
-    if kept and (kept["classes"], kept["parents"]) != (names, parents):
+    regrouped = kept and parents and kept["parents"] and kept["parents"] != parents  # none where no level is asked for
+    if kept and (kept["classes"] != names or regrouped):
         different = sum(a != b for a, b in zip(kept["classes"], names, strict=False)) + abs(len(kept["classes"]) - len(names))
         raise ValueError(f"the run in {workdir} began with {len(kept['classes'])} classes and the data have {len(names)}, {different} of them others "
                          f"or in other places, or their groups have changed: give it the data it began with")  # fmt: skip

@@ -178,9 +178,10 @@ def _layers_to_the_top(name: str, shape: tuple[int, ...], towers: dict[str, int]
     return np.full((), towers[tower] + 1 if name.removeprefix(tower).split("/")[0] in BEFORE else 0)
 
 
-def make_optimizer(options: OptimOptions, params: Any, steps: int) -> optax.GradientTransformation:
+def make_optimizer(options: OptimOptions, params: Any, steps: int, renewed: str = "") -> optax.GradientTransformation:
     """The transformation for `params` (arrays or shapes): clip, direction, decoupled decay, schedule, group factors.
 
+    renewed: pattern of the leaves whose moments, and the count that corrects their bias, `forget` can empty apart from the others'.
     Raises ValueError for values that cannot be (see `check`).
     """
     check(options, steps)
@@ -190,6 +191,7 @@ def make_optimizer(options: OptimOptions, params: Any, steps: int) -> optax.Grad
         "adamw": lambda: optax.scale_by_adam(options.b1, options.b2, options.eps, mu_dtype=moment),
         "lion": lambda: optax.scale_by_lion(options.b1, options.b2, mu_dtype=moment),
     }[options.name]()
+    direction = _renewable(direction, renewed) if renewed else direction
     decayed = jax.tree_util.tree_map_with_path(lambda path, _: re.search(options.decay, path_str(path)) is not None, params)
     scale = optax.GradientTransformation(
         lambda _: optax.EmptyState(), lambda updates, state, _=None: (jax.tree.map(lambda u, f: u * f, updates, by_group), state)
@@ -287,10 +289,39 @@ def check_constant(options: OptimOptions, params: Any, pattern: str) -> None:
             )
 
 
-def forget(state: Any, pattern: str, when: jax.Array) -> Any:
-    """An optimiser state whose moments of the leaves that match are zero where `when`."""
-    pick = lambda path, x: jnp.where(when, jnp.zeros_like(x), x) if re.search(r"(^|/)" + pattern, path_str(path)) else x
-    return jax.tree_util.tree_map_with_path(pick, state)
+class _RenewableState(NamedTuple):
+    rest: Any
+    renewed: Any
+
+
+def _renewable(tx: optax.GradientTransformation, pattern: str) -> optax.GradientTransformation:
+    """`tx` with a state of its own, its count included, for the leaves that match."""
+
+    def only(tree: Any, mine: bool) -> Any:
+        pick = lambda path, x: x if (re.search(pattern, path_str(path)) is not None) == mine else optax.MaskedNode()
+        return jax.tree_util.tree_map_with_path(pick, tree)
+
+    def init(params: Any) -> _RenewableState:
+        return _RenewableState(tx.init(only(params, False)), tx.init(only(params, True)))
+
+    def update(updates: Any, state: _RenewableState, params: Any) -> tuple[Any, _RenewableState]:
+        rest, after = tx.update(only(updates, False), state.rest, only(params, False))
+        mine, after_mine = tx.update(only(updates, True), state.renewed, only(params, True))
+        moved = jax.tree.map(lambda _, a, b: b if isinstance(a, optax.MaskedNode) else a, updates, rest, mine)
+        return moved, _RenewableState(after, after_mine)
+
+    return optax.GradientTransformation(init, update)
+
+
+def forget(state: Any, when: jax.Array) -> Any:
+    """An optimiser state that has seen nothing yet of its `renewed` leaves where `when`.
+
+    With the moments alone emptied, Adam would take the old count for theirs and not correct their bias: with the usual decay rates
+    its next steps would be up to four times too long.
+    """
+    renewable = lambda x: isinstance(x, _RenewableState)
+    empty = lambda x: jnp.where(when, jnp.zeros_like(x), x)
+    return jax.tree.map(lambda x: x._replace(renewed=jax.tree.map(empty, x.renewed)) if renewable(x) else x, state, is_leaf=renewable)
 
 
 def _without_still(tx: optax.GradientTransformation, still: Any) -> optax.GradientTransformation:

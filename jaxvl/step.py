@@ -55,9 +55,7 @@ def make_train_step(
             state = state._replace(params=method.constrain(state.params))
         if method.refresh is not None:
             renewed = method.refresh(state.params, state.memory, state.step)
-            state = state._replace(
-                params=renewed.params, memory=renewed.memory, opt_state=forget(state.opt_state, renewed.forget, renewed.when)
-            )
+            state = state._replace(params=renewed.params, memory=renewed.memory, opt_state=forget(state.opt_state, renewed.forget))
         hold = frozen(optim, state.params)
         (loss, aux), grads = grad_fn(state.params, state.memory, batch, key_model)
         if grad_shardings is not None:

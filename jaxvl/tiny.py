@@ -42,6 +42,8 @@ def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDic
         depth = len(config.data.levels)
         small.method.update(classes=0, num_coarse=(0,) * len(config.method.num_coarse), parents=(), pad_to=devices, block=64)
         small.data.update(label="class", classes="all", hierarchy="hierarchy" if depth else "", split_level=-1, levels=(2, 1, 0)[:depth])
+        if isinstance(config.method.hierarchy_start, int):
+            small.method.hierarchy_start = min(config.method.hierarchy_start, steps // 2)
         small.data.per_class = 2 if config.data.per_class else 0
         small.optim.hold = tuple((pattern, min(n, 1)) for pattern, n in config.optim.hold)
     if config.data.triplets and config.data.triplets != SIBLINGS:

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxvl.optim import OptimOptions, factors, frozen, learning_rate, make_optimizer
+from jaxvl.optim import OptimOptions, factors, forget, frozen, learning_rate, make_optimizer
 
 PARAMS = {"blocks": {"kernel": jnp.ones((2, 3, 3)), "bias": jnp.full((2, 3), 0.5)}, "temperature": jnp.array(2.0)}
 
@@ -47,6 +47,38 @@ def test_adamw_trajectory_against_numpy():
     np.testing.assert_allclose(params["blocks"]["kernel"], want["k"], rtol=2e-5)
     np.testing.assert_allclose(params["blocks"]["bias"], want["b"], rtol=2e-5)
     np.testing.assert_allclose(params["temperature"], want["t"], rtol=2e-5)
+
+
+@pytest.mark.parametrize("kw", [{}, {"name": "lion"}, {"hold": (("^a$", 3),)}, {"lazy": ("^coarse/",)}, {"groups": (("^still$", 0.0),)}])
+def test_a_renewed_leaf_begins_anew(kw):
+    """After a refresh it takes the steps that it took first, at the rate of now; the other leaves go on as if nothing had been."""
+    o = OptimOptions(learning_rate=0.1, schedule="constant", clip_norm=0.0, weight_decay=0.0, b2=0.999, **kw)
+    params = {"a": jnp.ones(3), "coarse": {"1": jnp.ones((2, 3)), "2": jnp.ones((1, 3))}, "still": jnp.ones(2)}
+    tx, plain = make_optimizer(o, params, 400, "^coarse/"), make_optimizer(o, params, 400)
+    grads = [jax.tree.map(lambda x, n=n: x * (1.0 + n % 3), params) for n in range(6)]
+    update = jax.jit(tx.update)
+
+    def steps(state):
+        moves = []
+        for g in grads:
+            moved, state = update(g, state, params)
+            moves.append(moved)
+        return moves, state
+
+    first, state = steps(tx.init(params))
+    want, at = [], plain.init(params)
+    for g in 50 * grads + grads:
+        moved, at = jax.jit(plain.update)(g, at, params)
+        want.append(moved)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), first, want[:6])
+    for _ in range(49):
+        _, state = steps(state)
+    kept, emptied = forget(state, jnp.bool_(False)), forget(state, jnp.bool_(True))
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
+    again, _ = steps(emptied)
+    for new, old, late in zip(again, first, want[300:], strict=True):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), new["coarse"], old["coarse"])
+        np.testing.assert_allclose(new["a"], late["a"], rtol=1e-6)
 
 
 def test_a_frozen_group_does_not_move_and_keeps_no_moments():

@@ -5,7 +5,7 @@ in order (numbers as numbers, words by the alphabet); of an odd number the first
 that entry of the hierarchy are halved instead, so that whole branches are unseen.
 
 The hierarchy of a class is a list of groups, the coarsest first: a field of its samples, a list or one value, or with "re:PATTERN" the
-groups that a regular expression finds in the name of the class. A group is known by its place in the tree, all entries down to it, so
+groups that a regular expression finds in the name of the class, with "FIELD:re:PATTERN" in a field. A group is known by its place in the tree, all entries down to it, so
 that two of one name in two branches are two groups.
 """
 
@@ -145,12 +145,19 @@ def _place(record: Record | Bad, wanted: Wanted) -> tuple[str | None, Path_]:
     name = word(record.meta.get(wanted.label)) if isinstance(record, Record) else None
     if name is None or isinstance(record, Bad) or not wanted.hierarchy:
         return name, ()
-    if wanted.hierarchy.startswith("re:"):
-        match = re.search(wanted.hierarchy.removeprefix("re:"), name)
+    field, pattern = field_and_pattern(wanted.hierarchy)
+    if pattern:
+        match = re.search(pattern, name if not field else word(record.meta.get(field)) or "")
         return name, tuple(g or "" for g in match.groups()) if match else ()
-    value: Any = record.meta.get(wanted.hierarchy)
+    value: Any = record.meta.get(field)
     entries = [word(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
     return name, tuple(e for e in itertools.takewhile(lambda e: e is not None, entries) if e is not None)
+
+
+def field_and_pattern(hierarchy: str) -> tuple[str, str]:
+    """The field of data.hierarchy, empty for the class itself, and the regular expression that is looked for in it, empty for none."""
+    found = re.match(r"(?:(.*?):)?re:(.+)", hierarchy)
+    return (found[1] or "", found[2]) if found else (hierarchy, "")
 
 
 def _cut(source: Source, rows: Sequence[tuple[np.ndarray, np.ndarray]], wanted: Wanted) -> Source:

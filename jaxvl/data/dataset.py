@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxvl.data import decode, triplets
 from jaxvl.data.cache import Cache, cache_folder
-from jaxvl.data.classes import ClassTable, Wanted, keep_classes
+from jaxvl.data.classes import ClassTable, Wanted, field_and_pattern, keep_classes
 from jaxvl.data.guard import BadData, table
 from jaxvl.data.labels import class_names
 from jaxvl.data.mixing import quotas
@@ -230,11 +230,10 @@ def check(options: DataOptions) -> None:
         )
     if list(options.levels) != sorted(set(options.levels), reverse=True) or min(options.levels, default=0) < 0:
         raise ValueError(f"data.levels is {options.levels}; it must fall from fine to coarse entries of the hierarchy, such as (1, 0)")
-    if options.hierarchy.startswith("re:"):
-        try:
-            re.compile(options.hierarchy.removeprefix("re:"))
-        except re.error as error:
-            raise ValueError(f"data.hierarchy is {options.hierarchy!r}, no regular expression: {error}") from None
+    try:
+        re.compile(field_and_pattern(options.hierarchy)[1])
+    except re.error as error:
+        raise ValueError(f"data.hierarchy is {options.hierarchy!r}, no regular expression: {error}") from None
     if options.per_class and options.weights:
         raise ValueError(f"data.per_class is {options.per_class}, which draws classes and not sources; data.weights must be empty")
     if options.resize not in ("host", "device"):

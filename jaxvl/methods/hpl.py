@@ -52,7 +52,7 @@ class HplOptions(NamedTuple):
     width: channels of the embedding. base_loss: on every level. alpha, margin: of Proxy-Anchor; scale: of the Proxy-NCA family, times the
     squared distance; temperature: of norm_softmax. hierarchy: none for the base loss alone. level_weights: w_l, fine first; as many levels
     as weights. classes: 0 for as many as the training data have. num_coarse: proxies of each coarse level, 0 for sqrt of the level below
-    (learned) or as many as the data have groups (given; data.levels). parents: a_l for a given hierarchy, by default the data's.
+    (learned) or as many as the data have groups (given; data.levels), which is all that a given one takes. parents: a_l for a given hierarchy, by default the data's.
     hierarchy_start: the step before which the hierarchy is learned first; "half" of the run, or "end_of_warmup". refresh_every: steps, 0
     for an epoch and at least 100. coarse_mode: "auto" is frozen where the hierarchy is learned and free where it is given. See the module
     for the others. negative_sampling: share of the classes that are negatives in a step (losses/proxy.py); with optim.lazy=("^proxies$",)
@@ -105,6 +105,11 @@ def complete(o: HplOptions, run: Run) -> HplOptions:
     if run.steps and o.hierarchy == "given" and len(parents) < levels:
         raise ValueError(
             f"config.method.hierarchy is given, and the data give {len(parents)} of {levels} levels: set data.hierarchy and data.levels, or method.parents"
+        )
+    groups = tuple(max(a) + 1 for a in run.parents[:levels])
+    if o.hierarchy == "given" and not o.parents and any(size not in (0, n) for size, n in zip(o.num_coarse, groups, strict=False)):
+        raise ValueError(
+            f"config.method.num_coarse is {o.num_coarse}, but the hierarchy of the data has {groups} groups: set it to that, or to {(0,) * levels}"
         )
     start = {"half": run.steps // 2, "end_of_warmup": run.warmup}.get(str(o.hierarchy_start), o.hierarchy_start)
     sizes, below = [], classes
@@ -241,7 +246,7 @@ def build(image: Any, text: Any, options: HplOptions = HplOptions()) -> Method:
         }
         if trained:
             params = {**params, "coarse": dict(zip(names, above.coarse, strict=True))}
-        return Renewed(params, after, "coarse/", now & trained & o.reset_moments_on_refresh)
+        return Renewed(params, after, now & o.reset_moments_on_refresh)
 
     def flops(batch_spec: dict) -> float:
         _, height, wide, _ = batch_spec["image"].shape
@@ -261,6 +266,7 @@ def build(image: Any, text: Any, options: HplOptions = HplOptions()) -> Method:
         flops=flops,
         rules=PROXY_RULES + RULES,
         refresh=refresh if renews else None,
+        renewed="^coarse/" if renews and trained else "",
         reads=("image", "label"),
         constant=kinds.constant(image),
     )

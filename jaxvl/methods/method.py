@@ -51,12 +51,11 @@ class Run(NamedTuple):
 
 
 class Renewed(NamedTuple):
-    """What `Method.refresh` gives back. forget, when: the optimiser's moments of parameters below this path are zeroed where bool []."""
+    """What `Method.refresh` gives back. forget: bool [], whether the optimiser begins anew with the parameters of `Method.renewed`."""
 
     params: Any
     memory: Any
-    forget: str
-    when: jax.Array
+    forget: jax.Array
 
 
 class Term(NamedTuple):
@@ -96,6 +95,7 @@ class Method(NamedTuple):
       memory (running statistics); None where the trained ones will do. See `for_faces`.
     refresh: (params, memory, step int32 []) -> Renewed, before the step; None where nothing is renewed but by gradients. What it renews
       stays renewed where the step itself is dropped.
+    renewed: pattern of the parameters that it overwrites, whose optimiser state is kept apart; "" for none.
     reads: the arrays of a batch that `loss` needs.
     constrain: (params) -> params, what every step begins with, such as a scalar cut back to its bounds; None for nothing.
     terms: (batch_spec) -> {name: Term}, whose FLOPs add up to `flops`; None where nobody has taken the loss apart.
@@ -122,6 +122,7 @@ class Method(NamedTuple):
     constrain: Callable[[Any], Any] | None = None
     terms: Callable[[dict], dict[str, Term]] | None = None
     refresh: Callable[[Any, Any, jax.Array], Renewed] | None = None
+    renewed: str = ""
     reads: tuple[str, ...] = ("image", "tokens")
     features: Callable[[Any, Batch], Batch] | None = None
     embed_patches: Callable[[Any, jax.Array], jax.Array] | None = None

@@ -67,6 +67,8 @@ def test_whole_branches_can_be_unseen_and_groups_of_one_name_are_two(folder):
     assert levels.parents == ((0, 0, 1, 2, 3), (0, 0, 1, 1))
     named = opened(folder, hierarchy="re:(.)$", levels=(0,)).table  # the last letter
     assert named.groups == (("e", "k", "n", "t"),) and named.parents == ((3, 0, 3, 2, 1),)
+    coded = opened(folder, hierarchy="code:re:(.)$", levels=(0,)).table
+    assert coded.groups == (("0", "6", "7", "8", "9"),)
 
 
 def test_what_cannot_be_is_refused_by_name(folder):
@@ -76,6 +78,7 @@ def test_what_cannot_be_is_refused_by_name(folder):
         ("data.per_class is 2, which is read of a table", {"classes": "", "per_class": 2}),
         ("are entries of data.hierarchy, which is empty", {"levels": (0,)}),
         ("no regular expression", {"hierarchy": "re:(", "levels": (0,)}),
+        ("no regular expression", {"hierarchy": "code:re:(", "levels": (0,)}),
         ("a field that no sample", {"label": "species"}),
         ("class .ant. lies in number 0 and in number", {"hierarchy": "captions", "levels": (0,)}),
         ("data.label must name", {"label": ""}),

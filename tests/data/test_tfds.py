@@ -105,7 +105,7 @@ def metric_learning_set(called: str, folder: Path) -> Path:
         "cars196": {"label": f.ClassLabel(names=["Audi Sedan 2012", "BMW SUV 2012", "Acura Sedan 2008", "Dodge SUV 2009"]), "bbox": f.BBoxFeature(), "image": picture_of},
         "caltech_birds2011": {
             "image": picture_of, "image/filename": f.Text(), "bbox": f.BBoxFeature(), "segmentation_mask": f.Image(shape=(None, None, 1), encoding_format="png"),
-            "label": f.ClassLabel(names=["001.Black_Gull", "002.Gray_Gull", "003.Barn_Owl", "004.Gray_Owl"]), "label_name": f.Text(),
+            "label": f.ClassLabel(num_classes=4), "label_name": f.Text(),
         },
         "stanford_online_products": {"class_id": np.int64, "super_class_id": np.int64, "super_class_id/num": f.ClassLabel(num_classes=12), "image": picture_of},
     }[called]  # fmt: skip
@@ -123,7 +123,7 @@ def metric_learning_set(called: str, folder: Path) -> Path:
         values |= {
             "image": io.BytesIO(picture(n)),
             "image/filename": f"{n}.jpg",
-            "label_name": "",
+            "label_name": ("black_gull", "gull", "barn_owl", "gray_owl")[n % 4],  # TFDS's label itself is a number
             "segmentation_mask": io.BytesIO(mask.getvalue()),
         }
         return {k: values[k] for k in kinds}
@@ -150,7 +150,7 @@ def metric_learning_set(called: str, folder: Path) -> Path:
     ("name", "query", "label", "hierarchy", "groups"),
     [
         ("cars196", "", "label", r"re:(\w+) \d{4}$", ("Sedan",)),
-        ("caltech_birds2011", "?image=image", "label", r"re:_(\w+)$", ("Gull",)),
+        ("caltech_birds2011", "?image=image", "label", r"label_name:re:([^_]+)$", ("gull",)),
         ("stanford_online_products", "", "class_id", "super_class_id", ("1",)),
     ],
 )

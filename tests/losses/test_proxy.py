@@ -14,7 +14,7 @@ from jaxvl.losses import cluster, hierarchy, proxy
 from jaxvl.losses.classes import PER_DEVICE
 from jaxvl.losses.hierarchy import Hierarchy
 from jaxvl.mesh import BATCH, MeshOptions, make_mesh
-from jaxvl.optim import OptimOptions, forget, make_optimizer
+from jaxvl.optim import OptimOptions, make_optimizer
 
 B, C, D = 8, 11, 6
 NAMES = pytest.mark.parametrize("name", proxy.LOSSES)
@@ -188,8 +188,6 @@ def test_held_leaves_wait_and_lazy_rows_stay():
     np.testing.assert_allclose(updates["a"], alone["a"] * 0.5, rtol=1e-5)  # its first step, at the rate of step 2
     moments = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state) if "table" in jax.tree_util.keystr(path)]
     assert len(moments) == 2 and all(not np.asarray(m)[[0, 2, 3]].any() and np.asarray(m)[1].all() for m in moments)
-    emptied = forget(state, "table", jnp.bool_(True))
-    assert not any(np.any(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(emptied) if "table" in jax.tree_util.keystr(path))
     for key, value, words in (
         ("hold", (("q", 1),), "'q' matches no"),
         ("hold", (("a", -1),), "is -1"),

@@ -1,5 +1,6 @@
 """HPL inside the step: when a hierarchy is learned and renewed, what it moves and what it leaves alone, on one device and on eight."""
 
+import itertools
 from functools import cache
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from jaxvl import config as configs
+from jaxvl.data import glyphs
 from jaxvl.data.augment import AugmentOptions
 from jaxvl.losses import hierarchy
 from jaxvl.mesh import MeshOptions, make_mesh, path_str, place, shardings
@@ -59,7 +62,7 @@ def trained(mesh=None, steps=7, **kw):
     method = METHODS["hpl"].build(IMAGE, TextOptions(), options(**kw))
     params, memory = method.init(jax.random.key(0), SPEC)
     optim = OPTIM._replace(groups=(*OPTIM.groups, *([("^coarse/", 5.0)] if "coarse" in params else [])))
-    tx = make_optimizer(optim, params, steps)
+    tx = make_optimizer(optim, params, steps, method.renewed)
     state = create(params, memory, tx.init(params), jax.random.key(1), ema=False)
     grid = make_mesh(mesh or MeshOptions(1), jax.devices()[: 8 if mesh else 1])
     with jax.set_mesh(grid):
@@ -93,8 +96,9 @@ def test_a_frozen_hierarchy_is_learned_at_its_start_and_renewed_every_period():
     assert int(states[3].memory["hierarchy"].counts[0].sum()) == CLASSES
 
 
-def test_eight_devices_train_as_one():
-    quick = dict(coarse_mode="tied", hierarchy_start=1, refresh_every=2, steps=4)
+@pytest.mark.parametrize("mode", ["tied", pytest.param("free", marks=pytest.mark.long)])
+def test_eight_devices_train_as_one(mode):
+    quick = dict(coarse_mode=mode, hierarchy_start=1, refresh_every=2, steps=4)
     one, logged = trained(**quick)
     many, logged_many = trained(MeshOptions(2, 2, 2), **quick)
     assert [int(s.memory["refreshed"]) for s in many] == [-1, -1, 1, 1, 3]
@@ -117,10 +121,13 @@ def test_free_coarse_proxies_move_and_a_refresh_overwrites_them_and_forgets_thei
             if ".mu['coarse']" in jax.tree_util.keystr(path)
         )
 
-    kept, _ = trained(coarse_mode="free", reset_moments_on_refresh=False)
-    np.testing.assert_array_equal(coarse(kept[5]), coarse(states[5]))
-    fresh = first_moment(states[6])  # after the refresh a tenth of one gradient
-    np.testing.assert_allclose(first_moment(kept[6]) - 0.9 * first_moment(kept[5]), fresh, rtol=1e-3, atol=1e-6)
+    # The refresh of step 5; after it the moments hold a tenth of one gradient, and the step is Adam's first, as long as the learning rate.
+    old = states[5].memory["hierarchy"]._replace(coarse=(coarse(states[5]),))
+    again = hierarchy.refresh(states[5].params["proxies"], old, CLASSES).coarse[0]
+    grads = first_moment(states[6]) / 0.1
+    clear = np.abs(grads) > 1e-4
+    np.testing.assert_allclose((coarse(states[6]) - again)[clear], -0.1 * np.sign(grads[clear]), rtol=2e-2)
+    assert clear.mean() > 0.9
 
 
 def test_a_given_hierarchy_is_the_datas_and_stays():
@@ -152,6 +159,7 @@ def test_options_are_completed_from_the_run_and_refused_by_name():
         ("classes is 12, but the training data have 13", {"classes": 12}),
         ("level_weights is \\(1.0,\\); with 1 coarse", {"level_weights": (1.0,)}),
         ("num_coarse is \\(14,\\)", {"num_coarse": (14,)}),
+        ("num_coarse is \\(4,\\), but the hierarchy of the data has \\(5,\\) groups", {"hierarchy": "given"}),
         ("negative_sampling is 0.5 with proxy_nca;", {"base_loss": "proxy_nca", "negative_sampling": 0.5}),
         ("parents has \\(3,\\) entries", {"hierarchy": "given", "parents": ((0, 1, 0),)}),
         ("names the group 9", {"hierarchy": "given", "parents": ((9,) + (0,) * 12,)}),
@@ -181,3 +189,30 @@ def test_a_residual_network_with_frozen_normalisation():
         check_constant(OPTIM, params, method.constant)
     with pytest.raises(ValueError, match="config.image.statistics is 'batch'"):
         METHODS["hpl"].build(image._replace(statistics="batch"), TextOptions(), options(hierarchy="none"))
+
+
+def recipe(name, *overrides):
+    return configs.read(configs.load(f"configs/{name}", overrides))
+
+
+@pytest.mark.parametrize("name", ["cars196", "cub200", "inaturalist", "inshop", "small", "small.py:emoji", "sop"])
+def test_recipes_say_how_many_groups_they_learn_and_need_no_levels_for_it(name):
+    file = f"hpl_{name}" + ".py" * (".py" not in name)
+    read = recipe(file)
+    assert all(read.method.num_coarse) and len(read.method.level_weights) == 1 + len(read.method.num_coarse)
+    assert read.data.levels == () and recipe(file, "method.hierarchy=given").data.levels
+
+
+def test_convolutional_recipes_warm_up_for_five_epochs_as_published():
+    for name, epoch in (("cub200", 5864 // 120), ("cars196", 8054 // 120)):
+        held = {backbone: recipe(f"hpl_{name}.py:{backbone}").optim.hold for backbone in ("dinov2", "resnet50")}
+        assert held == {"dinov2": (("^image/(?!head)", epoch),), "resnet50": (("^image/(?!head)", 5 * epoch),)}
+
+
+def test_every_hierarchy_of_a_table_has_the_groups_of_the_given_one():
+    letters = {glyphs.base_name(glyph.char) for glyph in itertools.islice(glyphs.glyphs("train"), glyphs.PARTS["train"])}
+    for data, groups in (("glyphs", len(letters)), ("emoji", 97)):
+        rows = configs.run_file("configs/sweeps/proxies.py")["sweep"](data)["rows"]
+        levels = {name: row.get("method.num_coarse") for name, row in rows.items() if row.get("method.hierarchy") != "none"}
+        assert len(levels) == 5 and set(levels.values()) == {(groups,)}
+        assert recipe(f"hpl_small.py:{data}").method.num_coarse == (groups,)
