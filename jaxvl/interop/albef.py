@@ -15,8 +15,7 @@ MEMORY = ("teacher", "image_queue", "text_queue", "id_queue", "pointer")  # what
 
 def holds(names: Collection[str]) -> bool:
     """Whether tensors of these names are a checkpoint of the family."""
-    plain = {name.removeprefix("module.") for name in names}
-    return any(name.startswith("visual_encoder.") for name in plain) and any(name.startswith("text_encoder.") for name in plain)
+    return any(name.startswith("visual_encoder.") for name in names) and any(name.startswith("text_encoder.") for name in names)
 
 
 def describe(stored: Mapping[str, Any], heads: int = 0) -> Published:
@@ -25,7 +24,7 @@ def describe(stored: Mapping[str, Any], heads: int = 0) -> Published:
     heads: of both towers, where they are not as many as HEAD_WIDTH channels each give. Raises FileError where a tensor is missing
     that tells a size, and where the heads cannot be told.
     """
-    shapes = {name.removeprefix("module."): tuple(tensor.shape) for name, tensor in stored.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     bert = "text_encoder.bert." if any(name.startswith("text_encoder.bert.") for name in shapes) else "text_encoder."
 
     def shape(name: str, axes: int) -> tuple[int, ...]:

@@ -17,13 +17,18 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxvl import checkpoint
-from jaxvl.interop import albef, load, tensors
+from jaxvl.interop import albef, foreign, load, tensors
 from jaxvl.interop.published import Fused, Published
 from jaxvl.models import kinds
 from jaxvl.progress import say
 
 FILE, FORMAT = "model.json", 1
-KEPT = ("config.json", "model*.safetensors", "*.safetensors.index.json", "open_clip_config.json")
+KEPT = ("config.json", "*.safetensors.index.json", "open_clip_config.json")
+WEIGHTS = (
+    ("model*.safetensors",),
+    ("open_clip_*.safetensors",),
+    ("*.safetensors",),
+)  # of a repository, in the order in which they are asked for
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -138,15 +143,29 @@ def _plain(model: Published) -> dict[str, Any]:
 
 
 def _fetch(source: str) -> Path:
-    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", source):
+    """The folder or file of a source; of a name on the hub (NAME or NAME@REVISION) what can be read of its repository."""
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source):
         return Path(source)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     name, _, revision = source.partition("@")
+    at = {"revision": revision or None}
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*KEPT, *TOKENIZER]))
+        for weights in WEIGHTS:  # the first that the repository has, since many hold the same model under several names
+            folder = Path(snapshot_download(name, allow_patterns=[*KEPT, *TOKENIZER, *weights], **at))
+            if any(folder.glob("*.safetensors")):
+                return folder
+        names = HfApi().list_repo_files(name, **at)
     except Exception as error:
-        raise ValueError(f"{source} is no local path, and cannot be fetched from the hub: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"{source} is no local path, and cannot be fetched from the hub: {next(iter(str(error).splitlines()), repr(error))}"
+        ) from None
+    if found := foreign.weights(names):
+        raise ValueError(
+            f"{source} has no safetensors but PyTorch pickles ({found[0]}), which could run any code and are not opened here: name a revision "
+            f"that has them (many have {name}@refs/pr/1), or download {found[0]} and import that file, which tells how it is converted"
+        )
+    raise ValueError(f"{source} has no safetensors: it holds {', '.join(names[:20]) or 'nothing'}")
 
 
 def _keep_tokenizer(folder: Path, target: Path) -> None:

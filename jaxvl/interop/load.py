@@ -1,7 +1,6 @@
 """Published weights into our parameters and back, tensor by tensor, each straight into or out of its sharding."""
 
 import functools
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvl.interop import albef, convnets, tensors
+from jaxvl.interop import albef, convnets, foreign, tensors
 from jaxvl.interop.names import Layout, Name, layouts
 from jaxvl.interop.positions import resize_table
 from jaxvl.interop.published import Published, describe, shapes
@@ -21,8 +20,25 @@ from jaxvl.interop.tensors import Stored
 from jaxvl.models.vit import grid
 
 
+SHOWN = 30  # lines of a Mismatch
+SIZES = (
+    "width",
+    "depth",
+    "heads",
+    "mlp_dim",
+    "vocab_size",
+    "positions",
+    "head",
+    "pooler",
+    "registers",
+    "token_types",
+    "kv_heads",
+    "head_dim",
+)
+
+
 class Mismatch(ValueError):
-    """Files that do not hold the model; the message lists every tensor that is missing, unknown or of another shape."""
+    """Files that do not hold the model; the message lists the tensors that are missing, unknown or of another shape."""
 
 
 class Matched(NamedTuple):
@@ -87,15 +103,13 @@ def read_config(source: str | Path) -> dict[str, Any]:
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     for name in ("config.json", "open_clip_config.json"):
         if (folder / name).is_file():
-            try:
-                return json.loads((folder / name).read_text())
-            except ValueError as error:
-                raise tensors.FileError(f"{folder / name} is no JSON: {error}") from None
+            return foreign.read_json(folder / name)
     raise tensors.FileError(f"{folder} holds no config.json: say which model the tensors are")
 
 
 def match(model: Published, stored: dict[str, Stored]) -> Matched:
     """Finds the layout and prefix that explain most of the files, and every leaf's tensors in it. Raises Mismatch."""
+    _sized(model, stored)
     flat = flax.traverse_util.flatten_dict(shapes(model), sep="/")
     candidates = []
     for layout in layouts_of(model):
@@ -114,8 +128,10 @@ def match(model: Published, stored: dict[str, Stored]) -> Matched:
         for name in names:
             if name not in stored:
                 faults.append(f"missing: {name} {want}, for {one.ours}")
-            elif stored[name].shape != want and f"{name} has" not in " ".join(faults):
+            elif not _fits(stored[name].shape, want) and f"{name} has" not in " ".join(faults):
                 faults.append(f"wrong shape: {name} has {stored[name].shape}, the model needs {want}")
+            elif jnp.issubdtype(flat[one.ours].dtype, jnp.floating) and not jnp.issubdtype(stored[name].dtype, jnp.floating):
+                faults.append(f"wrong type: {name} holds {stored[name].dtype}, the model's are floats; quantized files cannot be read")
         leaves[one.ours] = (one, [stored[name] for name in names if name in stored])
     faults += [f"missing: no published tensor is known for {ours}" for ours in flat if ours not in leaves]
 
@@ -128,7 +144,8 @@ def match(model: Published, stored: dict[str, Stored]) -> Matched:
                 faults.append(f"untied: {name} differs from {other}, to which the config ties it")
     faults += [f"unknown: {name} {stored[name].shape}" for name in stored if name not in used and name not in dropped]
     if faults:
-        raise Mismatch(f"the files do not hold this {model.family} model:\n  " + "\n  ".join(sorted(faults)))
+        shown = sorted(faults)[:SHOWN] + [f"and {len(faults) - SHOWN} more"] * (len(faults) > SHOWN)
+        raise Mismatch(f"the files do not hold this {model.family} model:\n  " + "\n  ".join(shown))
     return Matched(layout, prefix, leaves, tuple(dropped))
 
 
@@ -202,6 +219,25 @@ def layouts_of(model: Published) -> tuple[Layout, ...]:
     )  # fmt: skip
 
 
+def _sized(model: Published, stored: dict[str, Stored]) -> None:
+    """Raises Mismatch for a config that tells of more layers than there are tensors, or of a size that all of them together have not."""
+    numbers = sum(math.prod(tensor.shape) for tensor in stored.values())
+    for section in ("image", "text"):
+        options = getattr(model, section)
+        told = {key: getattr(options, key, 0) for key in SIZES}
+        if section == "image" and options and getattr(options, "patch", 0):
+            told["patches"] = (model.image_size // options.patch) ** 2
+        for key, value in told.items():
+            most, what = (len(stored), "tensors") if key == "depth" else (numbers, "numbers")
+            if value > most:
+                raise Mismatch(f"the config tells of {value:,} for the {section} tower's {key}, and the files hold {most:,} {what} in all")
+
+
+def _fits(shape: tuple[int, ...], want: tuple[int, ...]) -> bool:
+    """Whether a tensor of a shape is the one that is wanted; a single number may be stored as () or as (1,)."""
+    return shape == want or {shape, want} == {(), (1,)}
+
+
 def _renamed(layout: Layout, stored: dict[str, Stored]) -> dict[str, Stored]:
     for pattern, replacement in layout.renames:
         stored = {re.sub(pattern, replacement, name): tensor for name, tensor in stored.items()}
@@ -230,7 +266,7 @@ def _leaf(one: Name, stored: list[Stored], leaf: jax.ShapeDtypeStruct, sharding:
     def values(tensor: Stored) -> np.ndarray:
         whole = tensors.read(tensor)
         rows = len(whole) // one.parts if one.parts > 1 else 0
-        part = whole[one.part * rows : (one.part + 1) * rows] if rows else whole
+        part = whole[one.part * rows : (one.part + 1) * rows] if rows else whole.reshape(_their_shape(one, leaf))
         return np.asarray(one.transform.ours(part)).astype(leaf.dtype)
 
     def put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -370,7 +370,6 @@ def albef(depth: int) -> Layout:
             Name("pointer", "queue_ptr", LEAD),
         ),
         prefixes=("", "bert."),
-        renames=((r"^module\.", ""),),
         copies=tuple((s + a, s + b) for s in sides for a, b in BERT_TIES),
         unread=(r"embeddings\.position_ids$",),
         counts=tuple((s + "{p}embeddings.position_ids", s + "{p}embeddings.position_embeddings.weight") for s in sides),

@@ -104,7 +104,7 @@ def shapes(model: Published) -> dict[str, Any]:
     """The tree of our parameters as float32 ShapeDtypeStructs; nothing is computed."""
     side = model.image_size
     text = model.text or TextOptions()
-    states, table = jnp.zeros((1, 1, text.width), jnp.float32), jax.ShapeDtypeStruct((text.vocab_size, text.width), jnp.float32)
+    states, table = jax.ShapeDtypeStruct((1, 1, text.width), jnp.float32), jax.ShapeDtypeStruct((text.vocab_size, text.width), jnp.float32)
     inputs = {
         "image": (jax.ShapeDtypeStruct((1, side, side, model.channels), jnp.float32),),
         "text": (jax.ShapeDtypeStruct((1, text.positions or 1), jnp.int32),),

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import hub
 import ml_dtypes
 import numpy as np
 import pytest
@@ -91,3 +92,34 @@ def test_what_is_not_whole_is_one_error_and_writes_nothing(harm, words, source, 
 def test_a_folder_of_something_else(tmp_path):
     with pytest.raises(ValueError, match="is no folder of `jaxvl import`"):
         importing.read(tmp_path)
+
+
+def repository(folder, files):
+    """A small ViT under these names of files; what is no safetensors holds nothing of use."""
+    folder.mkdir(parents=True)
+    shutil.copy(HF / "vit" / "config.json", folder)
+    for name in files:
+        (folder / name).write_bytes((HF / "vit" / "model.safetensors").read_bytes() if name.endswith(".safetensors") else b"PK\x03\x04")
+
+
+@pytest.mark.parametrize("files, used", [
+    (["open_clip_model.safetensors", "open_clip_pytorch_model.bin"], "open_clip_model.safetensors"),
+    (["model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin"], "model.safetensors"),
+    (["weights.safetensors"], "weights.safetensors"),
+])  # fmt: skip
+def test_a_repository_of_the_hub_is_fetched_whatever_its_weights_are_called(files, used, tmp_path, monkeypatch):
+    repository(tmp_path / "hub" / "tiny", files)
+    with hub.serving(tmp_path / "hub", monkeypatch, tmp_path / "cache") as fetched:
+        assert importing.run("acme/tiny", tmp_path / "out") == 0
+    assert used in fetched and set(fetched) <= {used, "config.json"}
+
+
+def test_a_repository_of_pickles_is_named_as_that_and_fetches_none(tmp_path, monkeypatch):
+    repository(tmp_path / "hub" / "tiny", ["pytorch_model.bin", "training_args.bin"])
+    repository(tmp_path / "hub" / "other", ["tf_model.h5"])
+    with hub.serving(tmp_path / "hub", monkeypatch, tmp_path / "cache") as fetched:
+        with pytest.raises(ValueError, match=r"no safetensors but PyTorch pickles \(pytorch_model.bin\).*acme/tiny@refs/pr/1"):
+            importing.run("acme/tiny", tmp_path / "out")
+        with pytest.raises(ValueError, match="has no safetensors: it holds config.json, tf_model.h5"):
+            importing.run("acme/other", tmp_path / "out")
+    assert set(fetched) == {"config.json"} and not (tmp_path / "out").exists()

@@ -219,6 +219,43 @@ def test_one_error_lists_all_that_does_not_fit_and_nothing_is_read(tmp_path, mon
     assert len(str(error.value).splitlines()) == 5
 
 
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_a_single_number_may_be_stored_with_an_axis_or_without(family, tmp_path):
+    tensors = tensors_of(family)
+    other = {name: value.reshape(() if value.shape else 1) if name.startswith("logit_") else value for name, value in tensors.items()}
+    assert any(other[name].shape != tensors[name].shape for name in tensors)
+    equal(load(written(tmp_path, other, family)).params, load(HF / family).params)
+
+
+@pytest.mark.parametrize("family", ["clip", "bert", "dinov2"])
+def test_wrapped_names_are_the_same_model(family, tmp_path):
+    tensors = {f"module._orig_mod.{name}": value for name, value in tensors_of(family).items()}
+    equal(load(written(tmp_path, tensors, family)).params, load(HF / family).params)
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    tensors = {name: value.astype(np.int8) if "mlp" in name else value for name, value in tensors_of("vit").items()}
+    tensors["encoder.layer.0.intermediate.dense.weight"] = tensors["encoder.layer.0.intermediate.dense.weight"].astype(np.int8)
+    with pytest.raises(Mismatch, match="wrong type: encoder.layer.0.intermediate.dense.weight holds int8.*quantized"):
+        load(written(tmp_path, tensors, "vit"))
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"num_hidden_layers": 200_000_000}, "200,000,000 for the image tower's depth, and the files hold 56 tensors in all"),
+    ({"hidden_size": 10**12}, "1,000,000,000,000 for the image tower's width"),
+    ({"image_size": 10**9}, "for the image tower's patches"),
+])  # fmt: skip
+def test_a_config_of_more_than_the_files_hold_is_refused_before_it_is_built(change, words, tmp_path):
+    with pytest.raises(Mismatch, match=words):
+        load(written(tmp_path, tensors_of("vit"), "vit", **change))
+
+
+def test_an_error_lists_no_more_than_can_be_read(tmp_path):
+    with pytest.raises(Mismatch) as error:
+        load(written(tmp_path, {f"x.{name}": value for name, value in tensors_of("vit").items()}, "vit"))
+    assert len(str(error.value).splitlines()) == 32 and "and 82 more" in str(error.value)
+
+
 def test_a_file_without_a_readable_config_needs_the_model_told(tmp_path):
     folder = written(tmp_path, tensors_of("bert"))
     with pytest.raises(FileError, match="holds no config.json: say which model"):
