@@ -22,5 +22,5 @@ def get_config() -> ConfigDict:
     config.train = dict(batch_size=128, epochs=30.0)
     config.checkpoint = dict(every=200, best="val/rsum")
     config.log = dict(every=10)
-    config.evals = dict(val=dict(kind="retrieval", source="val-*.tar", every=200))
+    config.evals = dict(val=dict(kind="retrieval", source="val-*.tar", every=200, group="caption"))
     return config

@@ -51,5 +51,5 @@ def get_config(name: str = "emoji") -> ConfigDict:
     config.train = dict(batch_size=64, steps=chosen["steps"])
     config.checkpoint = dict(every=250, best="val/rsum")
     config.log = dict(every=10)
-    config.evals = dict(val=dict(kind="lexical", source=chosen["val"], every=0))
+    config.evals = dict(val=dict(kind="lexical", source=chosen["val"], every=0, group="caption"))
     return config

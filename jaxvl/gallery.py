@@ -46,7 +46,7 @@ Weighted = tuple[tuple[str, float], ...]  # words with their weights, the greate
 class Seen(NamedTuple):
     """An image. picture: PNG of what the model saw. words: its greatest entries. spoken: the model's words in its caption. maps: by word, the
     entry of every patch, float32 [row, column]. shared: products of its kept entries with its caption's, which add up to `score`.
-    rank: 0-based, of the caption among all."""
+    rank: 0-based, of the best right caption among all."""
 
     picture: bytes
     caption: str

@@ -16,6 +16,7 @@ from jaxvl.data.source import Record, Want
 from jaxvl.data.triplets import AND, Texts, Triplet
 from jaxvl.evals import embed, ranking
 from jaxvl.evals.embed import Embedded, Model, embed_samples, embed_texts, open_for, records
+from jaxvl.evals.groups import numbered
 from jaxvl.evals.ranking import Ranks
 from jaxvl.evals.streamed import streamed_ranks
 from jaxvl.evals.topk import nearest
@@ -140,8 +141,7 @@ def files(options: ComposedOptions, dataset: Dataset) -> list[str]:
 
 def same_caption(captions: Sequence[str | None]) -> np.ndarray:
     """int64 [image], equal for equal captions; an image without one is like no other."""
-    names = [c if c is not None else f"\0{i}" for i, c in enumerate(captions)]
-    return np.unique(names, return_inverse=True)[1]
+    return numbered(i if c is None else c for i, c in enumerate(captions))
 
 
 def categories_of(dataset: Dataset, categories: list[str]) -> np.ndarray:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxvl.data import decode
 from jaxvl.data.augment import AugmentOptions, preprocess
 from jaxvl.data.dataset import cleaning_of, decode_options
+from jaxvl.data.source import Record
 from jaxvl.data.stream import Bad, DataOptions, Dataset, Want, eval_batches, open_data, query_batches, read_samples
 from jaxvl.data.text import Cleaning, Uncaptioned, clean_caption
 from jaxvl.mesh import place, process_rows
@@ -194,12 +195,16 @@ def fetch(outputs: Iterable[dict[str, jax.Array]]) -> Iterator[dict[str, np.ndar
 def records(dataset: Dataset, ids: np.ndarray, captions: int = 1) -> list[tuple[bytes, tuple[str, ...]]]:
     """PNG of what the model saw, and the texts, of the samples with these ids."""
     want = Want(captions=dataset.options.captions != "none", alternates=captions > 1, fields=False)
-    out = []
-    for record in read_samples(dataset, ids, want):
-        if isinstance(record, Bad):
-            raise ValueError(f"sample {record.key!r} of {record.shard} was usable a moment ago and is not now: {record.reason}")
-        out.append((png(decode.decode_eval(record.image, decode_options(dataset.options))), record.captions[:captions]))
-    return out
+    how = decode_options(dataset.options)
+    found = map(known, read_samples(dataset, ids, want))
+    return [(png(decode.decode_eval(record.image, how)), record.captions[:captions]) for record in found]
+
+
+def known(record: Record | Bad) -> Record:
+    """A sample that could be read before. Raises ValueError where it no longer can."""
+    if isinstance(record, Bad):
+        raise ValueError(f"sample {record.key!r} of {record.shard} was usable a moment ago and is not now: {record.reason}")
+    return record
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -14,9 +14,10 @@ import numpy as np
 from jaxvl.data import decode
 from jaxvl.data.augment import AugmentOptions, preprocess
 from jaxvl.data.dataset import Dataset, decode_options
-from jaxvl.data.stream import Bad, Want, read_samples
+from jaxvl.data.stream import Want, read_samples
 from jaxvl.evals import lexical, words
-from jaxvl.evals.embed import Embedded, Model, embed_samples, fetch, png, whole_batch
+from jaxvl.evals.embed import Embedded, Model, embed_samples, fetch, known, png, whole_batch
+from jaxvl.evals.groups import groups_of
 from jaxvl.evals.lexical import LexicalOptions
 from jaxvl.evals.streamed import streamed_ranks
 from jaxvl.gallery import Explained, Seen, Sought
@@ -58,7 +59,8 @@ def explain(options: LexicalOptions, model: Model, *, images: int, searched: int
     column = {int(j): n for n, j in enumerate(columns)}
     name = words.names(model.tokenizer, V)
     kept = [np.where(s > threshold, s, 0) for s in (embedded.images, embedded.texts)]
-    ranks = streamed_ranks(kept[0][chosen], kept[1], chosen, embedded.owner, model.mesh).stable
+    groups = groups_of(options.group, dataset, embedded, options.captions)
+    ranks = streamed_ranks(kept[0][chosen], kept[1], groups.images[chosen], groups.texts, model.mesh).stable
 
     def seen(i: int, rank: int) -> Seen:
         products = kept[0][i].astype(np.float64) * kept[1][first[i]]
@@ -91,9 +93,7 @@ def looked_at(model: Model, dataset: Dataset, ids: np.ndarray, columns: np.ndarr
     """PNG and main caption of the samples with these ids, and their patches in these columns, float32 [image, row, column, len(columns)]."""
     how = decode_options(dataset.options)
     pixels, captions = [], []
-    for record in read_samples(dataset, ids, Want(captions=True, alternates=False, fields=False)):
-        if isinstance(record, Bad):
-            raise ValueError(f"sample {record.key!r} of {record.shard} was usable a moment ago and is not now: {record.reason}")
+    for record in map(known, read_samples(dataset, ids, Want(captions=True, alternates=False, fields=False))):
         pixels.append(decode.decode_eval(record.image, how))
         captions.append(record.captions[0])
     size = whole_batch(model, BATCH)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxvl.data.dataset import DataOptions, Dataset
 from jaxvl.evals import retrieval, words
 from jaxvl.evals.embed import Embedded, Model, embed_samples
+from jaxvl.evals.groups import groups_of
 from jaxvl.gallery import Gallery, Table
 from jaxvl.models import sparse
 
@@ -19,7 +20,7 @@ LISTED = 20  # words of the table of the most used ones
 class LexicalOptions(NamedTuple):
     """The keys of an `evals` entry of this kind.
 
-    source, every, captions, cleaning, ks, folds, batch_size, show: as for kind "retrieval". threshold: entries above it are kept, 0 for 1/√V,
+    source, every, captions, cleaning, group, ks, folds, batch_size, show: as for kind "retrieval". threshold: entries above it are kept, 0 for 1/√V,
     the paper's. top: numbers of entries at which retrieval is measured besides, in images and texts; those beyond V are left out.
     words: how many of an image's greatest entries are its words.
     """
@@ -29,6 +30,7 @@ class LexicalOptions(NamedTuple):
     every: int = 0
     captions: int = 1
     cleaning: Literal["", "plain", "albef"] = ""
+    group: str = ""
     ks: tuple[int, ...] = (1, 5, 10)
     folds: int = 1
     threshold: float = 0.0
@@ -53,11 +55,13 @@ def evaluate(name: str, options: LexicalOptions, model: Model) -> tuple[dict[str
     kept = embedded._replace(
         images=np.where(embedded.images > threshold, embedded.images, 0), texts=np.where(embedded.texts > threshold, embedded.texts, 0)
     )
-    numbers = retrieval.recalls(model, kept, options.ks, options.folds)
+    groups = groups_of(options.group, dataset, embedded, options.captions)
+    numbers = retrieval.recalls(model, kept, groups, options.ks, options.folds)
+    numbers |= retrieval.told(options.group, embedded, groups, options.ks, options.folds)
     for point, some in [("dense", embedded), *sweep(options, embedded)]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*equal scores")  # of few entries many products are zero
-            found = retrieval.recalls(model, some, options.ks, options.folds)
+            found = retrieval.recalls(model, some, groups, options.ks, options.folds)
         # Under names of their own, so that the page does not draw a chart for each.
         numbers |= {f"{point}/{key.replace('/', '_')}": value for key, value in found.items() if "/r@" in key}
     tables = []
@@ -74,7 +78,8 @@ def evaluate(name: str, options: LexicalOptions, model: Model) -> tuple[dict[str
         tables.append(Table(f"{name}: most used words, {side}", ("word", "mean entry", f"{side}s with it"), rows))
     if getattr(model.tokenizer, "lexicon", None) is not None:
         numbers |= listed(options, embedded, model)
-    shown = retrieval.galleries(name, options, dataset, kept, partial(retrieval.by_cosine, model, kept)) if options.show else []
+    by_cosine = partial(retrieval.by_cosine, model, kept, groups)
+    shown = retrieval.galleries(name, options, dataset, kept, groups, by_cosine) if options.show else []
     return numbers, [*tables, *shown]
 
 

@@ -7,6 +7,9 @@ Equal scores have no order of their own, so a rank is given under three rules:
 Ranks are 0-based; a query without a right item has rank -1 under every rule and is left out of every average.
 """
 
+import functools
+import itertools
+import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -37,6 +40,16 @@ def exact_ranks(scores: np.ndarray, right: np.ndarray, valid: np.ndarray | None 
     first = (right & (scores == best)).argmax(1)
     before = (level & (np.arange(scores.shape[1]) < first[:, None])).sum(1)
     return finish(np.asarray(right.any(1)), above, level.sum(1), before)
+
+
+def in_common(query_group: Any, item_group: Any) -> Any:
+    """bool [query, item], whether a group is shared; each int [rows] or, where a row has several filled up with -1, [rows, group].
+
+    Of NumPy's arrays or JAX's; nothing has an axis of queries, of items and of groups.
+    """
+    mine, theirs = (x.reshape(len(x), -1) for x in (query_group, item_group))
+    pairs = [(a == b[:, None]) & (a >= 0) for a, b in itertools.product(theirs.T, mine.T)]
+    return functools.reduce(operator.or_, pairs)
 
 
 def finish(answered: np.ndarray, above: np.ndarray, level: np.ndarray, before: np.ndarray) -> Ranks:

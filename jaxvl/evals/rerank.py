@@ -1,7 +1,8 @@
 """Two-stage retrieval (Li et al. 2021, section 6): the dual encoder proposes k_test candidates, the fusion layers order them.
 
-A query's score of a candidate is the fusion's match logit alone, and OUTSIDE for every other item; recall counts the best ranked
-right item. A pair has one score whichever side asks, so the candidates of both directions are scored as one set of pairs, ordered
+A query's score of a candidate is the fusion's match logit alone, as published, or with score="itm+itc" its sum with the pair's logit
+in the dual encoder, the cosine over τ, which a head needs that has not learned much yet. Every other item comes after all candidates;
+recall counts the best ranked right item. A pair has one score whichever side asks, so the candidates of both directions are scored as one set of pairs, ordered
 by image. Images then pass in tiles: a tile's keys and values are computed once and read by all pairs of its images.
 """
 
@@ -18,6 +19,7 @@ from jaxvl.data.dataset import DataOptions, Dataset
 from jaxvl.data.stream import eval_batches
 from jaxvl.evals import ranking, retrieval
 from jaxvl.evals.embed import Embedded, Model, embed_samples, fetch, whole_batch
+from jaxvl.evals.groups import Groups, groups_of
 from jaxvl.evals.ranking import Ranks
 from jaxvl.evals.topk import nearest
 from jaxvl.gallery import Gallery
@@ -25,14 +27,15 @@ from jaxvl.mesh import BATCH, place, process_rows
 from jaxvl.methods.method import Method, PairScore
 from jaxvl.progress import say
 
-OUTSIDE = -100.0  # the score of an item that was not proposed
+OUTSIDE = -100.0  # the score of an item that was not proposed, or less where a candidate has as little
 QUERIES = 256  # whose scores of all items are laid out at a time
 
 
 class RerankOptions(NamedTuple):
     """The keys of an `evals` entry of this kind.
 
-    source, every, captions, cleaning, ks, show: as in kind "retrieval". k_test: candidates a query has, all items where there are
+    source, every, captions, cleaning, group, ks, show: as in kind "retrieval". score: "itm", the match logit alone, or "itm+itc", its sum
+    with cosine/τ. k_test: candidates a query has, all items where there are
     fewer. batch_size: images embedded at a time. pairs: pairs that a device scores at a time. cache_gb: most memory of a device
     for keys and values of images; fewer images pass at a time where it asks for that.
     """
@@ -42,6 +45,8 @@ class RerankOptions(NamedTuple):
     every: int = 0
     captions: int = 1
     cleaning: Literal["", "plain", "albef"] = ""
+    group: str = ""
+    score: Literal["itm", "itm+itc"] = "itm"
     ks: tuple[int, ...] = (1, 5, 10)
     k_test: int = 128
     batch_size: int = 256
@@ -51,25 +56,30 @@ class RerankOptions(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """What the first stage proposes to each query: places of items int [query, k], and their match logits float32 [query, k]."""
+    """What the first stage proposes to each query: places of items int [query, k], their scores and, where known, their cosines, float32 [query, k]."""
 
     items: np.ndarray
     scores: np.ndarray
+    cosines: np.ndarray | None = None
 
 
 def evaluate(name: str, options: RerankOptions, model: Model) -> tuple[dict[str, float], list[Gallery]]:
     """R@K, median rank (1-based) and rsum of the candidates re-ranked, and under "dual/" of the dual encoder alone.
 
-    Raises ValueError for options that cannot be and for scores that are not numbers.
+    Under "itm/" those of the match logit alone, where the score is another. With a group its name, and R@K of chance. Raises ValueError for options that cannot be and for scores that are not numbers.
     """
     dataset = open_checked(options, model.data)
     embedded = embed_samples(model, dataset, options.batch_size, options.captions)
-    index = np.arange(len(embedded.images))
-    to_text, to_image = rerank(options, model, dataset, embedded)
-    i2t = candidate_ranks(to_text, index, embedded.owner)
-    t2i = candidate_ranks(to_image, embedded.owner, index)
-    dual = ranking.both_ways(*retrieval.rank(model, embedded.images, embedded.texts, embedded.owner), options.ks)
-    numbers = ranking.both_ways(i2t, t2i, options.ks) | {f"dual/{k}": v for k, v in dual.items()}
+    groups = groups_of(options.group, dataset, embedded, options.captions)
+    to_text, to_image = matched = rerank(options, model, dataset, embedded)
+    others = {"dual": retrieval.rank(model, embedded.images, embedded.texts, groups)}
+    if options.score == "itm+itc":
+        others["itm"] = ranks_of(matched, groups)
+        to_text, to_image = summed(model, matched)
+    i2t, t2i = ranks_of((to_text, to_image), groups)
+    numbers = ranking.both_ways(i2t, t2i, options.ks)
+    numbers |= {f"{name}/{k}": v for name, ranks in others.items() for k, v in ranking.both_ways(*ranks, options.ks).items()}
+    numbers |= retrieval.told(options.group, embedded, groups, options.ks)
 
     def by_match(way: str, chosen: np.ndarray) -> retrieval.Retrieved:
         found, ranks = (to_text, i2t) if way == "image to text" else (to_image, t2i)
@@ -77,7 +87,7 @@ def evaluate(name: str, options: RerankOptions, model: Model) -> tuple[dict[str,
         pick = lambda x: np.take_along_axis(x[chosen], best, 1)
         return retrieval.Retrieved(pick(found.items), pick(found.scores), ranks.stable[chosen])
 
-    return numbers, retrieval.galleries(name, options, dataset, embedded, by_match) if options.show else []
+    return numbers, retrieval.galleries(name, options, dataset, embedded, groups, by_match) if options.show else []
 
 
 def open_checked(options: RerankOptions, data: DataOptions) -> Dataset:
@@ -85,34 +95,51 @@ def open_checked(options: RerankOptions, data: DataOptions) -> Dataset:
     for key in ("k_test", "pairs"):
         if getattr(options, key) < 1:
             raise ValueError(f"{key} is {getattr(options, key)}; it must be at least 1")
+    if options.score not in ("itm", "itm+itc"):
+        raise ValueError(f"score is {options.score!r}; it must be 'itm' or 'itm+itc'")
     if not options.cache_gb > 0:
         raise ValueError(f"cache_gb is {options.cache_gb}; it must be above 0")
     shared = set(options._fields) & set(retrieval.RetrievalOptions._fields) - {"kind"}
     return retrieval.open_checked(retrieval.RetrievalOptions(**{k: getattr(options, k) for k in shared}), data)
 
 
+def ranks_of(candidates: tuple[Candidates, Candidates], groups: Groups) -> tuple[Ranks, Ranks]:
+    """Ranks of image queries among texts and of text queries among images."""
+    to_text, to_image = candidates
+    return candidate_ranks(to_text, groups.images, groups.texts), candidate_ranks(to_image, groups.texts, groups.images)
+
+
+def summed(model: Model, candidates: tuple[Candidates, Candidates]) -> list[Candidates]:
+    """Scored by match logit + cosine/τ. Raises ValueError for a method without τ."""
+    face = model.method.score_pair
+    if face is None or face.temperature is None:
+        raise ValueError("score is 'itm+itc', but the method of this run has no temperature to divide cosines by; score must be 'itm'")
+    tau = jax.device_get(jax.jit(face.temperature)(model.params))
+    return [c._replace(scores=c.scores + c.cosines / tau) for c in candidates]
+
+
 def candidate_ranks(candidates: Candidates, query_group: np.ndarray, item_group: np.ndarray) -> Ranks:
-    """`ranking.exact_ranks` of scores that are OUTSIDE but for the candidates; a right item is one of the query's group."""
+    """`ranking.exact_ranks` of scores that are OUTSIDE but for the candidates; a right item shares a group with the query."""
+    outside = min(OUTSIDE, float(candidates.scores.min(initial=0)) - 1)
     parts = []
     for start in range(0, len(query_group), QUERIES):
-        items, found = (x[start : start + QUERIES] for x in candidates)
-        scores = np.full((len(items), len(item_group)), OUTSIDE, np.float32)
+        items, found = (x[start : start + QUERIES] for x in candidates[:2])
+        scores = np.full((len(items), len(item_group)), outside, np.float32)
         np.put_along_axis(scores, items, found, 1)
-        parts.append(ranking.exact_ranks(scores, query_group[start : start + QUERIES, None] == item_group))
+        parts.append(ranking.exact_ranks(scores, ranking.in_common(query_group[start : start + QUERIES], item_group)))
     return Ranks(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def rerank(options: RerankOptions, model: Model, dataset: Dataset, embedded: Embedded) -> tuple[Candidates, Candidates]:
     """The candidates of images among texts and of texts among images, with their match logits."""
     images, texts = len(embedded.images), len(embedded.texts)
-    to_text, _ = nearest(embedded.images, embedded.texts, min(options.k_test, texts), model.mesh)
-    to_image, _ = nearest(embedded.texts, embedded.images, min(options.k_test, images), model.mesh)
+    to_text, cosines = nearest(embedded.images, embedded.texts, min(options.k_test, texts), model.mesh)
+    to_image, cosines_back = nearest(embedded.texts, embedded.images, min(options.k_test, images), model.mesh)
     asked = np.arange(images)[:, None] * texts + to_text, to_image * texts + np.arange(texts)[:, None]
     pairs, place_of = np.unique(np.concatenate([x.ravel() for x in asked]), return_inverse=True)
     logits = score_pairs(options, model, dataset, embedded, *np.divmod(pairs, texts))[place_of]
-    return Candidates(to_text, logits[: to_text.size].reshape(to_text.shape)), Candidates(
-        to_image, logits[to_text.size :].reshape(to_image.shape)
-    )
+    i2t, t2i = np.split(logits, [to_text.size])
+    return Candidates(to_text, i2t.reshape(to_text.shape), cosines), Candidates(to_image, t2i.reshape(to_image.shape), cosines_back)
 
 
 def score_pairs(

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from jaxvl.evals.ranking import Ranks, finish
+from jaxvl.evals.ranking import Ranks, finish, in_common
 from jaxvl.evals.topk import BLOCK, check_finite
 
 
@@ -41,7 +41,8 @@ def streamed_ranks(
 ) -> Ranks:
     """Ranks of the best right item, as `ranking.exact_ranks`, from float32 `queries` [query, d] and `gallery` [item, d].
 
-    An item is right where its group (int >= 0) is that of the query. `leave_one_out`: queries and gallery are the same rows, and a
+    An item is right where its group (int >= 0) is that of the query; either may have several, [rows, group] filled up with -1,
+    of which one in common will do. `leave_one_out`: queries and gallery are the same rows, and a
     row is not an item of its own. `without`: int [query], one item that each query's gallery lacks, -1 for none. `answers`: int
     [query, answer], right items by index, filled up with -1, beside those of the group. Scores are float32 dot products at the
     highest precision.
@@ -89,8 +90,8 @@ def _pass(counts, queries, query_group, own, answers, items, groups, start, coun
         jnp.dot(queries, items.T, precision="highest", preferred_element_type=jnp.float32)
     )  # [query, item]
     index = start + jnp.arange(len(items))  # [item]
-    valid = (groups >= 0) & (index != own[:, None])
-    right = groups == query_group[:, None]
+    valid = (groups.reshape(len(items), -1) >= 0).any(1) & (index != own[:, None])
+    right = in_common(query_group, groups)
     if answers is not None:
         right |= (index[:, None] == answers[:, None]).any(2)
     right &= valid

@@ -339,7 +339,7 @@ def trunk(image: VitOptions, text: TextOptions, options: TrunkOptions) -> Trunk:
         constrain=lambda params: {**params, "temperature": jnp.clip(params["temperature"], LOW, HIGH)},
         embed_image=lambda params, images: project(params, "image", image_tokens(params, images)[:, 0]),
         embed_text=lambda params, tokens: project(params, "text", text_states(params, tokens, mask_of(tokens))[:, 0]),
-        score_pair=PairScore(lambda params, images: keys_values(params, image_tokens(params, images)), text_side, score, pair_flops),
+        score_pair=PairScore(lambda params, images: keys_values(params, image_tokens(params, images)), text_side, score, pair_flops, temperature),
         flops=flops, rules=TRUNK_RULES,
     )  # fmt: skip
 

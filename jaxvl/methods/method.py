@@ -23,12 +23,14 @@ class PairScore(NamedTuple):
       source[g, r] of the group, so that a group that lies on one device needs no other's images.
     flops: (height, width, length) -> FLOPs by part: "image_tower" and "keys_values" of one image, "text_tower" of one text, "pair" of
       one pair whose sides are there.
+    temperature: (params) -> float32 [], τ, by which cosines of embeddings are divided to be logits; None where there is none.
     """
 
     image_side: Callable[[Any, jax.Array], Any]
     text_side: Callable[[Any, jax.Array], Any]
     score: Callable[[Any, Any, Any, jax.Array], jax.Array]
     flops: Callable[[int, int, int], dict[str, float]]
+    temperature: Callable[[Any], jax.Array] | None = None
 
 
 class Run(NamedTuple):

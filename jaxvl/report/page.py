@@ -17,7 +17,7 @@ from jaxvl.report.clock import STEP
 from jaxvl.report.goodput import KINDS, Session, account, between, read_sessions
 from jaxvl.report.metrics import read_lines, read_metrics, read_whole, write_atomic
 from jaxvl.report.page_style import STYLE
-from jaxvl.report.summary import KEPT_OUT, WAYS, finals, last_line, number, recalls
+from jaxvl.report.summary import KEPT_OUT, WAYS, finals, headed, last_line, number, of_recall, recalls
 
 MOST_SHARDS = 40  # rows of the table of bad samples
 CAPTION = 160  # characters of a caption shown
@@ -92,7 +92,7 @@ def _head(name: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
     for evaluation, ways in recalls(found).items():
         for way, at in ways.items():
             if 1 in at:
-                tiles.append((f"{100 * at[1]:.1f} %", f"{evaluation} {WAYS[way]} R@1".strip()))
+                tiles.append((f"{100 * at[1]:.1f} %", f"{headed(evaluation, found)} {WAYS[way]} R@1".strip()))
     if train:
         tiles.append((f"{train[-1]['step']:,}", f"steps, {train[-1]['samples']:,} samples"))
         tiles.append((number(found["samples_per_s"]), "samples/s"))
@@ -104,7 +104,7 @@ def _head(name: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
     if sessions:
         facts = {"began": time.strftime("%Y-%m-%d %H:%M", time.localtime(sessions[0].began)), **facts}
     lines = [f"<span><em>{html.escape(k)}</em> {html.escape(v)}</span>" for k, v in facts.items() if isinstance(v, str) and k != "config"]
-    words = f"<p>{html.escape(last_line({k: v for k, v in found.items() if recalls({k: v})}))}</p>"
+    words = f"<p>{html.escape(last_line({k: v for k, v in found.items() if of_recall(k)}))}</p>"
     top = f'<h1>{html.escape(name)}</h1><div class="facts">{"".join(lines)}</div>'
     return f'<header>{top}<div class="tiles">{cells}</div>{words}</header>'
 
@@ -126,11 +126,9 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
                 at_x, y = _column(rows, name)
                 colour = {1: 1, 5: 2, 10: 0}.get(k, 3)
                 series.append(plots.Series(f"{WAYS[way]} R@{k}", at_x, [100 * v for v in y], colour, dash="" if way == "i2t" else "6 4"))
-        charts.append(plots.lines(f"Recall {evaluation}".strip(), series, unit="%", zero=True))
+        charts.append(plots.lines(f"Recall {headed(evaluation, dict.fromkeys(names, 0.0))}".strip(), series, unit="%", zero=True))
     own = [
-        n
-        for n in names
-        if not recalls({n: 0.0}) and not sparsity.POINT.fullmatch(n) and not n.startswith(("time/", "samples_per_s", "codes/"))
+        n for n in names if not of_recall(n) and not sparsity.POINT.fullmatch(n) and not n.startswith(("time/", "samples_per_s", "codes/"))
     ]
     small = []
     for i, name in enumerate(n for n in own if n not in (*KEPT_OUT, "loss", "mfu")):

@@ -11,6 +11,8 @@ from jaxvl.progress import duration
 from jaxvl.report.goodput import KINDS, Session, account, between
 
 RECALL = re.compile(r"(?:(?P<eval>.+)/)?(?P<way>i2t|t2i)/r@(?P<k>\d+)")
+GROUPED = re.compile(r"(?P<eval>[^/]+)/grouped_by/(?P<group>.+)")  # names what made items right beside the numbers of an evaluation
+CHANCE = re.compile(r"(?P<eval>[^/]+)/(?P<way>i2t|t2i)/chance_r@(?P<k>\d+)")
 WAYS = {"i2t": "image-to-text", "t2i": "text-to-image"}
 KEPT_OUT = ("step", "samples", "epoch")
 LOWER = re.compile(r"loss|rank|error|perplexity")  # metrics of which less is better
@@ -33,19 +35,38 @@ def recalls(values: Mapping[str, float]) -> dict[str, dict[str, dict[int, float]
     return found
 
 
+def of_recall(name: str) -> bool:
+    """Whether this names a recall, or what belongs to one: its group, its chance."""
+    return any(pattern.fullmatch(name) for pattern in (RECALL, GROUPED, CHANCE))
+
+
+def headed(evaluation: str, values: Mapping[str, float]) -> str:
+    """An evaluation with what made items right in it beyond the same sample, e.g. "val (same caption right)"."""
+    found = (m for name in values if (m := GROUPED.fullmatch(name)))
+    return next((f"{evaluation} (same {m['group']} right)" for m in found if m["eval"] == evaluation.partition("/")[0]), evaluation)
+
+
+def chance_of(evaluation: str, way: str, values: Mapping[str, float]) -> str:
+    """R@K of chance, e.g. " (chance 0.4/1.8/3.6)"; "" where it is not among `values`."""
+    found = (m for name in values if (m := CHANCE.fullmatch(name)))
+    percent = [f"{100 * values[m[0]]:.1f}" for m in found if (m["eval"], m["way"]) == (evaluation.partition("/")[0], way)]
+    return f" (chance {'/'.join(percent)})" if percent else ""
+
+
 def last_line(values: Mapping[str, float]) -> str:
     """The recalls among `values` both ways, e.g. "val: image-to-text R@1/5/10 52.1/80.0/90.2 %, text-to-image ...".
 
-    Where there are none, all values as they are.
+    Those of groups name the group, and chance. Where there are none, all values as they are.
     """
     texts = []
     for name, ways in recalls(values).items():
         parts = [
             f"{WAYS[way]} R@{'/'.join(map(str, ways[way]))} {'/'.join(f'{100 * v:.1f}' for v in ways[way].values())} %"
+            + chance_of(name, way, values)
             for way in WAYS
             if way in ways
         ]
-        texts.append((f"{name}: " if name else "") + ", ".join(parts))
+        texts.append((f"{headed(name, values)}: " if name else "") + ", ".join(parts))
     return "; ".join(texts) or "  ".join(f"{name} {number(value)}" for name, value in values.items())
 
 
@@ -86,7 +107,7 @@ def print_summary(rows: Sequence[Mapping[str, Any]], sessions: Sequence[Session]
     print("\n".join(filter(None, (goodput_line(sessions), stall))))
     if page:
         print(f"report: {page}")
-    evals = {name: final.last for name, final in found.items() if RECALL.fullmatch(name)}
+    evals = {name: final.last for name, final in found.items() if of_recall(name)}
     if evals:
         print(last_line(evals), flush=True)
 

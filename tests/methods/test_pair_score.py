@@ -70,6 +70,7 @@ def test_a_kept_image_scores_as_one_that_is_read_anew(model):
 
     np.testing.assert_allclose(got, jax.jit(plainly)(params, images, tokens), rtol=1e-5, atol=1e-5)
     assert got.dtype == jnp.float32 and len(set(np.asarray(got).round(5))) > 5
+    assert face.temperature(params) == np.float32(0.07) and face.temperature({"temperature": jnp.float32(9)}) == 0.5  # τ within bounds
 
 
 def test_adapters_that_do_nothing_change_no_score(model):
