@@ -19,7 +19,6 @@ from jaxvl.interop.published import Published, describe, shapes
 from jaxvl.interop.tensors import Stored
 from jaxvl.models.vit import grid
 
-
 SHOWN = 30  # lines of a Mismatch
 SIZES = (
     "width",

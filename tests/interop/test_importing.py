@@ -4,8 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import hub
+import jax
 import ml_dtypes
 import numpy as np
 import pytest

@@ -195,7 +195,7 @@ def test_pickles_are_named_and_the_lines_that_convert_them_do(names, tmp_path):
         pickle_of({k: v for k, v in values.items() if k.startswith(name)}, tmp_path / name)
     with pytest.raises(FileError, match="PyTorch pickle.*could run any code and is not opened") as error:
         find(tmp_path)
-    first, *lines = str(error.value).splitlines()
+    _, *lines = str(error.value).splitlines()
     assert len(lines) == 2
     exec("\n".join(line.strip() for line in lines), {})  # the test wrote these pickles
     same(find(tmp_path), values)
