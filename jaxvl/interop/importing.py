@@ -149,13 +149,12 @@ def _fetch(source: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     name, _, revision = source.partition("@")
-    at = {"revision": revision or None}
     try:
         for weights in WEIGHTS:  # the first that the repository has, since many hold the same model under several names
-            folder = Path(snapshot_download(name, allow_patterns=[*KEPT, *TOKENIZER, *weights], **at))
+            folder = Path(snapshot_download(name, allow_patterns=[*KEPT, *TOKENIZER, *weights], revision=revision or None))
             if any(folder.glob("*.safetensors")):
                 return folder
-        names = HfApi().list_repo_files(name, **at)
+        names = HfApi().list_repo_files(name, revision=revision or None)
     except Exception as error:
         raise ValueError(
             f"{source} is no local path, and cannot be fetched from the hub: {next(iter(str(error).splitlines()), repr(error))}"

@@ -155,7 +155,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """(dtype, shape, first byte, byte behind the last) of one tensor of a header. Raises ValueError where it cannot be meant."""
     whole = lambda values: isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
-    dtype, shape, offsets = (entry.get(key) if isinstance(entry, dict) else None for key in ("dtype", "shape", "data_offsets"))
+    found: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = found.get("dtype"), found.get("shape", ()), found.get("data_offsets", ())
     if not (isinstance(dtype, str) and whole(shape) and whole(offsets) and len(offsets) == 2 and (dtype in DTYPES or dtype in FOREIGN)):
         raise ValueError(f"{name} is no tensor with a dtype, a shape and two data_offsets: {str(entry)[:100]}")
     if dtype in DTYPES and offsets[1] - offsets[0] != DTYPES[dtype].itemsize * math.prod(shape):
