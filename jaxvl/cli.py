@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     make = data.add_parser("make", help="write shards: the embedded glyphs, a folder of images with captions, or an annotation file")
     make.add_argument(
         "what",
-        help="glyphs, fashion200k:FOLDER, fashioniq:FOLDER, utzap50k:FOLDER, a folder of NAME.jpg|png|webp with NAME.txt, or a .json: Karpathy's splits, or a list of image, caption, image_id",
+        help="glyphs, fashion200k:FOLDER, fashioniq:FOLDER, utzap50k:FOLDER, a folder of NAME.jpg|png|webp with NAME.txt or a list, or such a list (.json, .jsonl, .csv, .tsv): Karpathy's splits, COCO's captions, or rows of image, caption, image_id",
     )
     make.add_argument("--out", required=True, type=Path)
     make.add_argument(

@@ -6,7 +6,6 @@ PART-00000.tar ... hold KEY.jpg, KEY.txt (where the image has a text) and KEY.js
 them; PART-missing.txt the images that the set names and the folder lacks, which are left out and not fatal.
 """
 
-import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 from jaxvl.data import siblings
 from jaxvl.data.indexing import progress
+from jaxvl.data.lists import read_json, rows, text_lines
 
 ZAP = ("Category", "SubCategory", "HeelHeight", "Insole", "Closure", "Gender", "Material", "ToeStyle")
 ZAP_TRAIN = 0.8  # of the products
@@ -47,6 +47,8 @@ def make_set(what: str, folder: Path, out: Path, part: str, per_shard: int) -> t
         found = SETS[what](folder, part)
     except OSError as error:
         raise ValueError(f"{what}: {folder} is not laid out as the set is published ({error})") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{what}: a list in {folder} is not as the set is published ({type(error).__name__}: {error})") from None
     there = [item for item in found.items if item.file.is_file()]
     missing = sorted({item.key for item in found.items} - {item.key for item in there})
     if not there:
@@ -89,7 +91,9 @@ def fashion200k(folder: Path, part: str) -> Set:
         raise ValueError(f"fashion200k: {folder}/labels has no *_{part}_detect_all.txt")
     items = []
     for path in lists:
-        for line in path.read_text().splitlines():
+        for number, line in text_lines(path):
+            if line.count("\t") != 2:
+                raise ValueError(f"{path}:{number}: {line[:80]!r} is not an image, a score and a caption parted by tabs")
             image, _, caption = line.split("\t")
             items.append(Item(key_of(image), folder / image, siblings.clean(caption), {"file": image}))
     queries = folder / "test_queries.txt"
@@ -97,8 +101,11 @@ def fashion200k(folder: Path, part: str) -> Set:
         return Set(items, [])
     captions = {str(item.fields["file"]): item.text for item in items}
     triplets = []
-    for line in queries.read_text().splitlines():
-        source, target = line.split()
+    for number, line in text_lines(queries):
+        source, *rest = line.split()
+        if len(rest) != 1 or not {source, *rest} <= captions.keys():
+            raise ValueError(f"{queries}:{number}: {line[:80]!r} is not two images of {folder}/labels")
+        target = rest[0]
         triplets.append(
             {
                 "reference": key_of(source),
@@ -116,11 +123,11 @@ def fashioniq(folder: Path, part: str) -> Set:
     for category in ("dress", "shirt", "toptee"):
         tags: dict[str, Any] = {}
         for path in sorted(folder.glob(f"**/asin2attr.{category}.{part}*.json")):
-            tags |= json.loads(path.read_text())
-        for key in json.loads((folder / "image_splits" / f"split.{category}.{part}.json").read_text()):
+            tags |= read_json(path)
+        for key in read_json(folder / "image_splits" / f"split.{category}.{part}.json"):
             words = [w for group in tags.get(key, []) for w in (group if isinstance(group, list) else [group])]
             items[key] = Item(key, folder / "images" / f"{key}.jpg", tag_text(words), {"category": category})
-        entries = json.loads((folder / "captions" / f"cap.{category}.{part}.json").read_text())
+        entries = read_json(folder / "captions" / f"cap.{category}.{part}.json")
         triplets += [
             {"reference": e["candidate"], "target": e["target"], "modification": e["captions"], "category": category} for e in entries
         ]
@@ -139,20 +146,19 @@ def utzap50k(folder: Path, part: str) -> Set:
     """
     items = []
     values: dict[str, tuple[str, ...]] = {}
-    with open(folder / "ut-zap50k-data" / "meta-data.csv", newline="", encoding="utf-8-sig") as file:
-        for row in csv.DictReader(file):
-            product = row["CID"].split("-")[0]
-            if (_share(f"product {product}") < ZAP_TRAIN) != (part == "train"):
-                continue
-            attributes = tuple((row.get(name) or "none").replace(";", " and ") for name in ZAP)
-            path = (
-                folder
-                / "ut-zap50k-images"
-                / "/".join(p for p in (row["Category"], row["SubCategory"], row.get("Brand", ""), f"{row['CID']}.jpg") if p)
-            )
-            items.append(Item(row["CID"], path, " ".join(attributes), dict(zip(ZAP, attributes, strict=True))))
-            if path.is_file():
-                values[row["CID"]] = attributes
+    for _, row in rows(folder / "ut-zap50k-data" / "meta-data.csv"):
+        product = row["CID"].split("-")[0]
+        if (_share(f"product {product}") < ZAP_TRAIN) != (part == "train"):
+            continue
+        attributes = tuple((row.get(name) or "none").replace(";", " and ") for name in ZAP)
+        path = (
+            folder
+            / "ut-zap50k-images"
+            / "/".join(p for p in (row["Category"], row["SubCategory"], row.get("Brand", ""), f"{row['CID']}.jpg") if p)
+        )
+        items.append(Item(row["CID"], path, " ".join(attributes), dict(zip(ZAP, attributes, strict=True))))
+        if path.is_file():
+            values[row["CID"]] = attributes
     return Set(items, [] if part == "train" else list(_one_apart(values)))
 
 

@@ -4,12 +4,13 @@ A segmentation is a list of polygons [x0, y0, x1, y1, ...] in pixels, or run len
 column, as a list of numbers or as COCO's string. https://cocodataset.org/#format-data
 """
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from jaxvl.data.lists import read_json
 
 VOID = -1  # label of a pixel that no annotation covers
 
@@ -45,8 +46,8 @@ def read(annotations: str | Path, images: str | Path = "") -> Instances:
     """
     annotations = Path(annotations)
     folder = Path(images) if images else annotations.parent
+    body = read_json(annotations)
     try:
-        body = json.loads(annotations.read_text())
         names = {c["id"]: c["name"] for c in sorted(body["categories"], key=lambda c: c["id"])}
         place = {number: i for i, number in enumerate(names)}
         segments: dict[int, list[Segment]] = defaultdict(list)
@@ -57,7 +58,7 @@ def read(annotations: str | Path, images: str | Path = "") -> Instances:
                     f"annotation {a.get('id')} is of image {a['image_id']} and category {a['category_id']}, which are not both among its images and categories"
                 )
             segments[a["image_id"]].append(Segment(place[a["category_id"]], float(a.get("area", 0)), a["segmentation"]))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{annotations} is no file of instances in COCO's layout ({type(error).__name__}: {error})") from None
     except ValueError as error:
         raise ValueError(f"{annotations}: {error}") from None

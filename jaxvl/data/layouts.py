@@ -9,14 +9,13 @@
 Lists that name images which are not there are no error: the images are told, and the others written.
 """
 
-import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from jaxvl.data.indexing import progress
-from jaxvl.data.make import write_shard
+from jaxvl.data.lists import column, entries, find, read_json, text_lines
+from jaxvl.data.make import check, write_shards
 from jaxvl.data.targroup import IMAGES
 
 TAXONOMY = ("kingdom", "phylum", "class", "order", "family", "genus")
@@ -38,24 +37,17 @@ def make_classes(layout: str, folder: Path, out: Path, part: str, per_shard: int
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
-    if per_shard < 1:
-        raise ValueError(f"{per_shard} samples a shard are too few; it must be at least 1")
+    check(out, per_shard)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the one the set was unpacked in")
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.glob("*.tar")):
-        raise FileExistsError(f"{out} holds shards already; choose an empty folder")
     listed = list(LAYOUTS[layout](folder, part))
-    found = [(folder / one.file).is_file() for one in listed]
-    there = [one for one, is_there in zip(listed, found, strict=True) if is_there]
+    found = [find(one.file, folder, lambda path: (folder / path).is_file()) for one in listed]
+    there = [one._replace(file=path) for one, path in zip(listed, found, strict=True) if path]
     if not there:
         example = f", for one {listed[0].file}" if listed else ""
         raise ValueError(f"{folder} has none of the {len(listed)} images of part {part!r} of layout {layout!r}{example}")
-    samples = progress((_sample(folder, one) for one in there), len(there), "writing shards")
-    shards = [out / f"{number:05d}.tar" for number in range(-(-len(there) // per_shard))]
-    for number, shard in enumerate(shards):
-        write_shard(shard, number * per_shard, itertools.islice(samples, per_shard))
-    return shards, [one.file for one, is_there in zip(listed, found, strict=True) if not is_there]
+    shards = write_shards(out, (_sample(folder, one) for one in there), len(there), per_shard)
+    return shards, [one.file for one, path in zip(listed, found, strict=True) if not path]
 
 
 def _sample(folder: Path, one: Listed) -> dict[str, bytes]:
@@ -74,23 +66,23 @@ def _folders(folder: Path, part: str) -> Iterator[Listed]:
 
 
 def _sop(folder: Path, part: str) -> Iterator[Listed]:
-    for number, line in _lines(folder, part, {"train": ["Ebay_train.txt"], "test": ["Ebay_test.txt"]}):
+    for where, number, line in _lines(folder, part, {"train": ["Ebay_train.txt"], "test": ["Ebay_test.txt"]}):
         words = line.split()
         if number == 1 and words[:2] == ["image_id", "class_id"]:
             continue
         if len(words) != 4:
-            raise ValueError(f"{folder}, part {part!r}, line {number}: {line!r} is not `image_id class_id super_class_id path`")
+            raise ValueError(f"{where}: {line!r} is not `image_id class_id super_class_id path`")
         yield Listed(words[3], words[1], (words[3].split("/")[0].removesuffix("_final"),))
 
 
 def _inshop(folder: Path, part: str) -> Iterator[Listed]:
     files = [f"{where}list_eval_partition.txt" for where in ("", "Eval/", "Anno/")]
-    for number, line in _lines(folder, part, dict.fromkeys(("train", "query", "gallery"), files)):
+    for where, number, line in _lines(folder, part, dict.fromkeys(("train", "query", "gallery"), files)):
         words = line.split()
         if number <= 2 and (len(words) == 1 or words[0] == "image_name"):  # how many, and the names of the columns
             continue
         if len(words) != 3:
-            raise ValueError(f"{folder}, list_eval_partition.txt, line {number}: {line!r} is not `image_name item_id evaluation_status`")
+            raise ValueError(f"{where}: {line!r} is not `image_name item_id evaluation_status`")
         if words[2] == part:
             yield Listed(words[0], words[1], PurePosixPath(words[0]).parts[1:3])
 
@@ -98,29 +90,28 @@ def _inshop(folder: Path, part: str) -> Iterator[Listed]:
 def _inaturalist(folder: Path, part: str) -> Iterator[Listed]:
     taxonomy: dict[str, tuple[str, ...]] = {}
     if (folder / "categories.json").is_file():
-        for category in json.loads((folder / "categories.json").read_text()):
-            taxonomy[str(category["id"])] = tuple(str(category[rank]) for rank in TAXONOMY)
+        for row in entries(read_json(folder / "categories.json"), str(folder / "categories.json")):
+            taxonomy[str(row.fields[column(row, ["id"])])] = tuple(str(row.fields[column(row, [rank])]) for rank in TAXONOMY)
     names = [f"Inaturalist_{part}_set1.txt", f"{part}.txt"]
-    for number, line in _lines(folder, part, {part: names}):
+    for where, _, line in _lines(folder, part, {part: names}):
         path = PurePosixPath(line)
         if len(path.parts) < 3:
-            raise ValueError(f"{folder}, part {part!r}, line {number}: {line!r} is not `.../SUPER-CATEGORY/CLASS/NAME.jpg`")
+            raise ValueError(f"{where}: {line!r} is not `.../SUPER-CATEGORY/CLASS/NAME.jpg`")
         name = path.parts[-2]
         if taxonomy and name not in taxonomy:
             raise ValueError(f"{folder}/categories.json has no category {name!r}, the class of {line}")
         yield Listed(line, name, taxonomy.get(name, (path.parts[-3],)))
 
 
-def _lines(folder: Path, part: str, lists: dict[str, list[str]]) -> Iterator[tuple[int, str]]:
-    """(number from 1, text) of the lines of the first of a part's lists that is there."""
+def _lines(folder: Path, part: str, lists: dict[str, list[str]]) -> Iterator[tuple[str, int, str]]:
+    """(FILE:LINE, number from 1, text) of the lines of the first of a part's lists that is there."""
     if part not in lists:
         raise ValueError(f"part {part!r} is none of {', '.join(lists)}")
     file = next((folder / name for name in lists[part] if (folder / name).is_file()), None)
     if file is None:
         raise ValueError(f"{folder} has no {' or '.join(lists[part])}")
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        if line.strip():
-            yield number, line.strip()
+    for number, line in text_lines(file):
+        yield f"{file}:{number}", number, line
 
 
 LAYOUTS: dict[str, Callable[[Path, str], Iterator[Listed]]] = {

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxvl.data.lists import text_lines
+
 FILE = "lexicon.json"
 MARKS = ("▁", "Ġ", "##")  # in front of a piece: where a word begins (SentencePiece, byte-level BPE), where it goes on (WordPiece)
 
@@ -178,7 +180,8 @@ def shared_ends(rows: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], int]:
 
 
 def _listed(file: Path) -> list[int]:
+    text = " ".join(line for _, line in text_lines(file))
     try:
-        return [int(i) for i in re.split(r"[\s,\[\]]+", file.read_text().strip("[] \n")) if i]
+        return [int(i) for i in re.split(r"[\s,\[\]]+", text.strip("[] ")) if i]
     except ValueError as error:
         raise ValueError(f"tokenizer.lexicon: {file} must hold ids, one a line or as a JSON list ({error})") from None

@@ -93,11 +93,12 @@ def make(
     layout: str = "",
 ) -> int:
     """Write shards into `out`: for "glyphs" `size` images of a `part`; for "fashion200k:FOLDER", "fashioniq:..." and "utzap50k:..." a `part`
-    of that set, as published; for an annotation file WHAT.json those of its `images` that are in the splits of `split`,
+    of that set, as published; for an annotation file WHAT.json (.jsonl, .csv, .tsv) those of its `images` that are in the splits of `split`,
     "train,restval"; else the images of folder `what`, with captions or, where a `layout` is named, a `part` of them with classes
     (layouts.py). Returns 0."""
     from jaxvl.data import composed_sets, glyphs
     from jaxvl.data.layouts import make_classes
+    from jaxvl.data.lists import LISTS
     from jaxvl.data.make import make_annotated, make_shards
 
     name, _, folder = what.partition(":")
@@ -105,9 +106,9 @@ def make(
         shards, missing = composed_sets.make_set(name, Path(folder), Path(out), part, per_shard)
         print(f"{len(shards)} shards in {out}; {len(missing)} images are missing, {part}-missing.txt lists them")
         return 0
-    annotated = what.endswith(".json")
+    annotated = what.endswith(LISTS)
     if (images or split) and not annotated:
-        raise ValueError(f"images and split are for an annotation file (.json), which {what!r} is not")
+        raise ValueError(f"images and split are for an annotation file ({', '.join(LISTS)}), which {what!r} is not")
     if annotated:
         if size is not None or part != "train":
             raise ValueError("part and size are for glyphs; of an annotation file the split is chosen")

@@ -11,7 +11,6 @@ An image that a file names and no shard has is listed, and its triplets are left
 """
 
 import functools
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -19,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxvl.data import siblings
+from jaxvl.data.lists import lines, parse
 from jaxvl.data.siblings import SiblingRule
 from jaxvl.data.source import Bad, Record, Source, Want
 from jaxvl.data.text import Cleaning, clean_caption
@@ -146,19 +146,19 @@ def read_files(paths: Sequence[str], ids: dict[str, int], cleaning: Cleaning = C
 
     found: list[Triplet] = []
     missing: dict[tuple[str, str], Bad] = {}
-    lines = 0
+    total = 0
     for path in paths:
         try:
-            with fsspec.open(path, "rt", encoding="utf-8") as file:
-                content = file.read().splitlines()
+            with fsspec.open(path, "rb") as file:
+                content = list(lines(file, path))
         except OSError as error:
             raise ValueError(
                 f"data.triplets: {path} cannot be read ({error}); it is a file of one triplet a line, or set data.triplets to {SIBLINGS!r}"
             ) from None
-        for number, line in enumerate(content, 1):
+        for number, line in content:
             if not line.strip():
                 continue
-            lines += 1
+            total += 1
             fields, texts = _line(path, number, line, cleaning)
             absent = [key for key in (fields["reference"], fields["target"]) if key not in ids]
             missing |= {(path, key): Bad(path, key, "missing") for key in absent}
@@ -167,14 +167,14 @@ def read_files(paths: Sequence[str], ids: dict[str, int], cleaning: Cleaning = C
     if not found:
         some = ", ".join(key for _, key in list(missing)[:3])
         raise ValueError(
-            f"data.triplets: none of the {lines} triplets of {', '.join(paths)} has both its images in the shards (missing: {some or 'nothing'})"
+            f"data.triplets: none of the {total} triplets of {', '.join(paths)} has both its images in the shards (missing: {some or 'nothing'})"
         )
     return found, tuple(missing.values())
 
 
 def _line(path: str, number: int, line: str, cleaning: Cleaning) -> tuple[dict[str, Any], tuple[str, ...]]:
     try:
-        fields = json.loads(line)
+        fields = parse(line, path, number)
         texts = fields["modification"]
         texts = tuple(clean_caption(t, cleaning) for t in ([texts] if isinstance(texts, str) else texts))
         good = bool(texts) and all(isinstance(fields[k], str) for k in ("reference", "target"))
@@ -182,7 +182,7 @@ def _line(path: str, number: int, line: str, cleaning: Cleaning) -> tuple[dict[s
         good = False
     if not good:
         raise ValueError(
-            f"{path}, line {number}: {line[:80]!r} is no triplet; it needs the texts reference, target and modification (or a list of texts)"
+            f"{path}:{number}: {line[:80]!r} is no triplet; it needs the texts reference, target and modification (or a list of texts)"
         )
     return fields, texts
 

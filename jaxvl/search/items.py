@@ -1,6 +1,5 @@
 """What is indexed: images of a folder or of shards, or texts of a file; embedded a batch at a time, with their names."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from jaxvl.data.dataset import Dataset, read_samples, rows_of
 from jaxvl.data.folder import SCHEME, images_below
+from jaxvl.data.lists import parse, text_lines
 from jaxvl.data.source import Want
 from jaxvl.data.text import Cleaning, Uncaptioned, clean_caption
 from jaxvl.evals.embed import Model, embed_stream, embed_texts, open_for
@@ -36,8 +36,7 @@ def items(model: Model, source: str, batch_size: int, cleaning: Cleaning) -> Ite
     if path.suffix in TEXTS:
         if model.method.embed_text is None:
             raise ValueError(f"{source} holds texts, and the method of this run embeds none")
-        with open(path, "rb") as file:
-            total = sum(1 for line in file if line.strip())
+        total = sum(1 for _ in text_lines(path))
         if not total:
             raise ValueError(f"{source} has no line of text")
         return Items("texts", _texts(model, path, batch_size, total, cleaning))
@@ -69,16 +68,11 @@ def _images(model: Model, dataset: Dataset, batch_size: int) -> Iterator[tuple[n
 
 
 def _texts(model: Model, path: Path, batch_size: int, total: int, cleaning: Cleaning) -> Iterator[tuple[np.ndarray, list[str]]]:
-    def lines() -> Iterator[str]:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _text(line, f"{path}:{number}", path.suffix == ".jsonl", cleaning)
-
+    lines = ((f"{path}:{number}", parse(line, path, number) if path.suffix == ".jsonl" else line) for number, line in text_lines(path))
     part: list[str] = []
     with progress(total=total, text="embedding texts", unit="texts") as bar:
-        for text in lines():
-            part.append(text)
+        for where, line in lines:
+            part.append(_text(line, where, cleaning))
             if len(part) == AHEAD * batch_size:
                 yield embed_texts(model, part, batch_size, cleaning), part
                 bar.advance(len(part))
@@ -88,22 +82,12 @@ def _texts(model: Model, path: Path, batch_size: int, total: int, cleaning: Clea
             bar.advance(len(part))
 
 
-def _text(line: bytes, where: str, is_json: bool, cleaning: Cleaning) -> str:
-    found: Any = line
-    if is_json:
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where} is no JSON ({error})") from None
-        found = (
-            value
-            if isinstance(value, str)
-            else next((value[f] for f in FIELDS if isinstance(value.get(f), str)), None)
-            if isinstance(value, dict)
-            else None
-        )
-        if found is None:
-            raise ValueError(f"{where} has no text: a line is a string, or an object with one of {', '.join(FIELDS)}")
+def _text(value: Any, where: str, cleaning: Cleaning) -> str:
+    """The text in a line, or in its JSON value, on one line. Raises ValueError where it has none, or nothing is left of it when it is cleaned."""
+    fields = [value.get(f) for f in FIELDS] if isinstance(value, dict) else [value]
+    found = next((text for text in fields if isinstance(text, str)), None)
+    if found is None:
+        raise ValueError(f"{where} has no text: a line is a string, or an object with one of {', '.join(FIELDS)}")
     try:
         clean_caption(found, cleaning)
         return clean_caption(found)

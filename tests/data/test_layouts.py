@@ -56,7 +56,7 @@ def test_inaturalist_with_and_without_its_taxonomy(tmp_path, capsys):
     assert main(["data", "make", str(root), "--layout=inaturalist", f"--out={tmp_path / 'three'}"]) == 0
     assert f"left out, missing: {files[2]}" in capsys.readouterr().out
     (root / "test.txt").write_text("flat.jpg")
-    with pytest.raises(ValueError, match=r"line 1: 'flat.jpg' is not"):
+    with pytest.raises(ValueError, match=r"test.txt:1: 'flat.jpg' is not"):
         written(root, tmp_path / "four", "inaturalist", "test")
 
 

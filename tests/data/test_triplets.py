@@ -102,7 +102,7 @@ def test_missing_images_are_listed_and_not_fatal(glyphs, tmp_path):
     with pytest.raises(ValueError, match=r"none of the 1 triplets .* has both its images in the shards \(missing: gone\)"):
         open_data(GLYPHS._replace(triplets=str(path)))
     path.write_text(json.dumps(lines[0]) + "\n" + '{"reference": "a", "target": 3, "modification": "x"}')
-    with pytest.raises(ValueError, match="line 2: .* is no triplet"):
+    with pytest.raises(ValueError, match="triplets.jsonl:2: .* is no triplet"):
         open_data(GLYPHS._replace(triplets=str(path)))
     with pytest.raises(ValueError, match="data.triplets: .*nowhere.jsonl cannot be read"):
         open_data(GLYPHS._replace(triplets=str(tmp_path / "nowhere.jsonl")))

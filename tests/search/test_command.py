@@ -262,8 +262,10 @@ def test_a_damaged_index_is_refused(made, tmp_path, what, capsys):
 def test_what_cannot_be_indexed_leaves_nothing(made, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jsonl").write_text('"a dog"\n{"name": 3}\n')
+    (tmp_path / "latin.txt").write_bytes("a dog\n\na caf\u00e9".encode("latin-1"))
+    (tmp_path / "cut.jsonl").write_text('"a dog"\n"a c')
     for source, extra, said in (
-        ("empty", (), "neither images nor"), ("bad.jsonl", (), "bad.jsonl:2 has no text"), ("bad.jsonl", ("--pruned", "1", "0", "1"), "keeps 0 query"),
+        ("empty", (), "neither images nor"), ("bad.jsonl", (), "bad.jsonl:2 has no text"), ("latin.txt", (), "latin.txt:3 is not UTF-8"), ("cut.jsonl", (), "cut.jsonl:2 is no JSON"), ("bad.jsonl", ("--pruned", "1", "0", "1"), "keeps 0 query"),
     ):  # fmt: skip
         assert cli.main(["search", "index", str(made / "lexvla"), str(tmp_path / source), "--index", str(tmp_path / "index"), *extra]) == 2
         assert said in capsys.readouterr().err
@@ -271,7 +273,7 @@ def test_what_cannot_be_indexed_leaves_nothing(made, tmp_path, capsys):
         cli.main(["search", "index", str(made / "clip"), str(made / "texts.txt"), "--index", str(tmp_path / "index"), "--active", "3"]) == 2
     )
     assert "dense" in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "empty"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "cut.jsonl", "empty", "latin.txt"]
     assert cli.main(["search", "index", str(made / "clip"), str(made / "texts.txt"), "--index", str(made / "clip.index")]) == 2
     assert "exists" in capsys.readouterr().err
     assert cli.main(["search", "query", str(tmp_path), "--text", "dog"]) == 2
