@@ -66,6 +66,17 @@ def test_eval_takes_the_centre_or_the_whole(fit):
     assert psnr(got, np.asarray(side.resize((32, 32), Image.Resampling.BICUBIC))) > 50
 
 
+@pytest.mark.parametrize("size", [(39, 36), (50, 45), (66, 70), (75, 100), (130, 300), (480, 320), (1100, 900)])
+def test_eval_of_a_jpeg_is_that_of_its_whole_decoding(size):
+    """As image processors elsewhere see it: neither a scaled decoding nor rough colour may show."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1] // 4 + 1, size[0] // 4 + 1, 3), np.uint8)
+    data = encode(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC))
+    side, whole = min(size), Image.open(io.BytesIO(data))
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    want = whole.crop((left, top, left + side, top + side)).resize((32, 32), Image.Resampling.BICUBIC)
+    assert psnr(decode_eval(data, OPTIONS), np.asarray(want)) > 48
+
+
 @pytest.mark.parametrize("size, left, top", [((67, 40), 13, 0), ((41, 60), 0, 9)])
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 def test_eval_takes_whole_pixels_where_the_margin_is_odd(size, left, top, orientation):
