@@ -117,8 +117,12 @@ def fashion200k(folder: Path, part: str) -> Set:
 
 
 def fashioniq(folder: Path, part: str) -> Set:
-    """image_splits/split.CATEGORY.PART.json, captions/cap.CATEGORY.PART.json, and asin2attr of either name with attribute tags."""
-    items: dict[str, Item] = {}
+    """image_splits/split.CATEGORY.PART.json, captions/cap.CATEGORY.PART.json, and asin2attr of either name with attribute tags.
+
+    Some images are in the split of several categories, and in the gallery of each: "categories" has all, "category" the first. Their
+    text is made of the tags of all.
+    """
+    inside: dict[str, dict[str, list[str]]] = {}  # of each image the tags it has in each of its categories
     triplets = []
     for category in ("dress", "shirt", "toptee"):
         tags: dict[str, Any] = {}
@@ -126,12 +130,16 @@ def fashioniq(folder: Path, part: str) -> Set:
             tags |= read_json(path)
         for key in read_json(folder / "image_splits" / f"split.{category}.{part}.json"):
             words = [w for group in tags.get(key, []) for w in (group if isinstance(group, list) else [group])]
-            items[key] = Item(key, folder / "images" / f"{key}.jpg", tag_text(words), {"category": category})
+            inside.setdefault(key, {})[category] = words
         entries = read_json(folder / "captions" / f"cap.{category}.{part}.json")
         triplets += [
             {"reference": e["candidate"], "target": e["target"], "modification": e["captions"], "category": category} for e in entries
         ]
-    return Set(list(items.values()), triplets)
+    items = []
+    for key, of in inside.items():
+        fields = {"category": next(iter(of)), "categories": list(of)}
+        items.append(Item(key, folder / "images" / f"{key}.jpg", tag_text([w for words in of.values() for w in words]), fields))
+    return Set(items, triplets)
 
 
 def tag_text(tags: list[str]) -> str:

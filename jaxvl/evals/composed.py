@@ -2,7 +2,8 @@
 
 Of one model and one gallery: the composed query, the reference image alone, the text alone, and the sum of the two embeddings;
 then text-to-image and image-to-text retrieval, where equal captions are equally right. The reference is no item of its own query's
-gallery. Several targets of the same reference and text are all right answers.
+gallery. Each triplet is a query and its target the right answer, as Fashion-IQ is scored officially; where a set means every target of an
+equal reference and text, queries="merged" makes them one query with several.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from jaxvl.data.source import Record, Want
 from jaxvl.data.triplets import AND, Texts, Triplet
 from jaxvl.evals import embed, ranking
 from jaxvl.evals.embed import Embedded, Model, embed_samples, embed_texts, open_for, records
-from jaxvl.evals.groups import numbered
+from jaxvl.evals.groups import Groups, chance, numbered
 from jaxvl.evals.ranking import Ranks
 from jaxvl.evals.streamed import streamed_ranks
 from jaxvl.evals.topk import nearest
@@ -30,7 +31,7 @@ class ComposedOptions(NamedTuple):
 
     source: shards, as in data.source. triplets: "beside" or paths, as data.triplets. every: steps between evaluations in a run, 0 for its
     end only. ks: the K of R@K. texts: what a list of texts for one change is, as data.triplet_text; "single" makes each a query of its own.
-    gallery: "original" ranks every image of a category, "val" only those that a triplet names. right: "targets" of the triplets, or every image
+    queries: "triplet", one each, or "merged", one for those of equal reference and text, any of whose targets is right. gallery: "original" ranks every image of a category, "val" only those that a triplet names. right: "targets" of the triplets, or every image
     with the target's "caption" (Fashion-200k) or attributes. exclude_reference: whether the reference leaves the gallery. batch_size: images
     embedded at a time. show: queries in the report.
     """
@@ -41,6 +42,7 @@ class ComposedOptions(NamedTuple):
     every: int = 0
     ks: tuple[int, ...] = (1, 5, 10)
     texts: Texts = "joined"
+    queries: Literal["triplet", "merged"] = "triplet"
     gallery: Literal["original", "val"] = "original"
     right: Literal["targets", "caption"] = "targets"
     exclude_reference: bool = True
@@ -60,9 +62,9 @@ def evaluate(name: str, options: ComposedOptions, model: Model) -> tuple[dict[st
     """ "composed/r@K", "image/r@K", "text/r@K", "sum/r@K", and "t2i/...", "i2t/..." of the images with a caption.
 
     Where triplets have a category, each category is ranked in its own gallery, its numbers begin with "PROTOCOL/CATEGORY/", and those
-    that begin with "PROTOCOL/" are the means; PROTOCOL is the gallery and what the texts were, such as "original,single". It is left
-    out where nothing depends on it: one text a change, one gallery.
-    Raises ValueError for options that cannot be.
+    that begin with "PROTOCOL/" are the means; PROTOCOL is the gallery, what the texts were and, where they are merged, the queries, such as
+    "original,joined", Fashion-IQ's official one. It is left out where nothing depends on it: one text a change, one gallery. Beside them
+    "queries", those that count, and "gallery", images among which they do. Raises ValueError for options that cannot be.
     """
     dataset = open_checked(options, model.data)
     rows, missing = triplets.read_files(files(options, dataset), triplets.keys(dataset.sources), cleaning_of(model.data))
@@ -72,14 +74,16 @@ def evaluate(name: str, options: ComposedOptions, model: Model) -> tuple[dict[st
     categories = list(dict.fromkeys(str(t.fields.get("category", "")) for t in rows))
     of_image = categories_of(dataset, categories)
     numbers: list[dict[str, float]] = []
+    sizes: list[dict[str, float]] = []
     shown: list[Gallery] = []
     place = np.full(len(dataset), -1)
     place[embedded.ids] = np.arange(len(embedded.ids))  # id -> row of the embeddings, -1 where the image cannot be used
     for category in categories:
         mine = [t for t in rows if str(t.fields.get("category", "")) == category]
-        asked = ask(mine, options.texts)
+        asked = ask(mine, options.texts, options.queries)
         used = np.unique([i for t in mine for i in (t.reference, t.target)])
-        gallery = used if options.gallery == "val" else np.flatnonzero((of_image == category) | np.isin(np.arange(len(dataset)), used))
+        within = np.flatnonzero([category in some for some in of_image])
+        gallery = used if options.gallery == "val" else np.union1d(within, used)
         gallery = gallery[place[gallery] >= 0]
         queries, valid = embed_queries(model, dataset, asked, place, embedded.images, options.batch_size)
         asked = Asked(asked.images[valid], tuple(np.array(asked.texts, object)[valid]), asked.answers[valid])
@@ -96,6 +100,7 @@ def evaluate(name: str, options: ComposedOptions, model: Model) -> tuple[dict[st
                 for k, r in zip(options.ks, ranking.recall_at(ranks.stable, options.ks), strict=True)
             }
         )
+        sizes.append({"queries": float((found["composed"].stable >= 0).sum()), "gallery": float(len(gallery))})
         if options.show:
             shown.append(
                 show(
@@ -111,10 +116,11 @@ def evaluate(name: str, options: ComposedOptions, model: Model) -> tuple[dict[st
                 )
             )
     several = any(categories) or any(len(t.texts) > 1 for t in rows)
-    protocol = f"{options.gallery},{options.texts}/" if several or (options.gallery, options.texts) != ("original", "joined") else ""
+    how = ",".join([options.gallery, options.texts, *(["merged"] if options.queries == "merged" else [])])
+    protocol = f"{how}/" if several or how != "original,joined" else ""
     out = {f"{protocol}{k}": float(np.mean([n[k] for n in numbers])) for k in numbers[0]}
-    if len(categories) > 1:
-        out |= {f"{protocol}{category}/{k}": value for category, n in zip(categories, numbers, strict=True) for k, value in n.items()}
+    for category, n, size in zip(categories, numbers, sizes, strict=True):
+        out |= {f"{protocol}{category or 'none'}/{k}": value for k, value in (n | size).items()} if any(categories) else size
     if missing:
         out["missing"] = float(len(missing))
     return out | text_image(model, embedded, captions, caption_ids, options), shown
@@ -128,6 +134,8 @@ def open_checked(options: ComposedOptions, data: DataOptions) -> Dataset:
         raise ValueError(f"batch_size is {options.batch_size} and show is {options.show}; they must be at least 1 and 0")
     if options.triplets in ("", triplets.SIBLINGS, triplets.ATTRIBUTES):
         raise ValueError(f"triplets is {options.triplets!r}; queries are fixed, so it must be 'beside' or paths of files")
+    if options.queries not in ("triplet", "merged"):
+        raise ValueError(f"queries is {options.queries!r}; it must be 'triplet' or 'merged'")
     if options.texts == "joined_random":
         raise ValueError("texts is 'joined_random', which is for training; queries take 'joined' or 'single'")
     dataset = open_for(data, options.source, captions="none")
@@ -144,29 +152,29 @@ def same_caption(captions: Sequence[str | None]) -> np.ndarray:
     return numbered(i if c is None else c for i, c in enumerate(captions))
 
 
-def categories_of(dataset: Dataset, categories: list[str]) -> np.ndarray:
-    """The category of every image by its field "category", "" where triplets name none; object [image]."""
+def categories_of(dataset: Dataset, categories: list[str]) -> list[list[str]]:
+    """The categories of every image: its field "categories" or, where it has none, "category"; [""] where triplets name none."""
     if categories == [""]:
-        return np.full(len(dataset), "", object)
+        return [[""]] * len(dataset)
     want = Want(image=False, captions=False, alternates=False)
-    return np.array(
-        [str(r.meta.get("category", "")) if isinstance(r, Record) else "" for r in read_samples(dataset, np.arange(len(dataset)), want)],
-        object,
-    )
+    fields = [r.meta if isinstance(r, Record) else {} for r in read_samples(dataset, np.arange(len(dataset)), want)]
+    listed = [meta.get("categories", meta.get("category", "")) for meta in fields]
+    return [list(map(str, some)) if isinstance(some, list) else [str(some)] for some in listed]
 
 
-def ask(rows: list[Triplet], how: Texts) -> Asked:
-    """Queries in order, one for each reference and text, with all of their targets."""
-    answers: dict[tuple[int, str], list[int]] = {}
-    for t in rows:
-        for text in t.texts if how == "single" else (AND.join(t.texts),):
-            answers.setdefault((t.reference, text), []).append(t.target)
+def ask(rows: list[Triplet], how: Texts, queries: str) -> Asked:
+    """Queries in order: one for each triplet and text, or "merged" for each reference and text with all of their targets."""
+    answers: dict[tuple, list[int]] = {}
+    for number, t in enumerate(rows):
+        for place, text in enumerate(t.texts if how == "single" else (AND.join(t.texts),)):
+            own = () if queries == "merged" else (number, place)
+            answers.setdefault((t.reference, text, *own), []).append(t.target)
     most = max(len(set(targets)) for targets in answers.values())
     table = np.full((len(answers), most), -1, np.int64)
     for row, targets in zip(table, answers.values(), strict=True):
         unique = list(dict.fromkeys(targets))
         row[: len(unique)] = unique
-    return Asked(np.array([image for image, _ in answers], np.int64), tuple(text for _, text in answers), table)
+    return Asked(np.array([image for image, *_ in answers], np.int64), tuple(text for _, text, *_ in answers), table)
 
 
 def embed_queries(
@@ -208,7 +216,7 @@ def rank(
 def text_image(
     model: Model, embedded: Embedded, captions: Sequence[str | None], caption_ids: np.ndarray, options: ComposedOptions
 ) -> dict[str, float]:
-    """ "t2i/r@K" and "i2t/r@K" between the captioned images and their distinct captions; {} where there are none."""
+    """ "t2i/r@K" and "i2t/r@K" between the captioned images and their distinct captions, with chance beside; {} where there are none."""
     usable = [(row, i, c) for row, i in enumerate(embedded.ids) if (c := captions[i]) is not None]
     if not usable:
         return {}
@@ -220,11 +228,12 @@ def text_image(
         "t2i": streamed_ranks(texts, images, unique, groups, model.mesh),
         "i2t": streamed_ranks(images, texts, groups, unique, model.mesh),
     }
-    return {
+    numbers = {
         f"{way}/r@{k}": float(r)
         for way, ranks in ways.items()
         for k, r in zip(options.ks, ranking.recall_at(ranks.stable, options.ks), strict=True)
     }
+    return numbers | {"grouped_by/caption": float(len(unique)), **chance(Groups(groups[:, None], unique), options.ks)}
 
 
 def show(

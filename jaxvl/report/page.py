@@ -128,7 +128,12 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
                 series.append(plots.Series(f"{WAYS[way]} R@{k}", at_x, [100 * v for v in y], colour, dash="" if way == "i2t" else "6 4"))
         charts.append(plots.lines(f"Recall {headed(evaluation, dict.fromkeys(names, 0.0))}".strip(), series, unit="%", zero=True))
     own = [
-        n for n in names if not of_recall(n) and not sparsity.POINT.fullmatch(n) and not n.startswith(("time/", "samples_per_s", "codes/"))
+        n
+        for n in names
+        if not of_recall(n)
+        and not sparsity.POINT.fullmatch(n)
+        and not n.startswith(("time/", "samples_per_s", "codes/"))
+        and not n.endswith(("/queries", "/gallery"))  # sizes of what was evaluated, which do not change
     ]
     small = []
     for i, name in enumerate(n for n in own if n not in (*KEPT_OUT, "loss", "mfu")):

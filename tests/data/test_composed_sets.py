@@ -10,6 +10,7 @@ from PIL import Image
 from jaxvl.data import composed_sets, tools, triplets
 from jaxvl.data.dataset import DataOptions, open_data, read_samples
 from jaxvl.data.source import Record, Want
+from jaxvl.evals import composed
 
 
 def picture(path, seed=0):
@@ -74,7 +75,33 @@ def test_fashioniq(tmp_path):
     texts = [r.captions if isinstance(r, Record) else r.reason for r in read_samples(data, range(8))]
     assert sorted(map(str, texts)) == ["('long sleeve red',)"] * 3 + ["blank"] * 5, "an image without tags has no text"
     assert {r.meta["category"] for r in read_samples(data, range(8), Want(captions=False))} == {"dress", "shirt", "toptee"}
+    assert all(r.meta["categories"] == [r.meta["category"]] for r in read_samples(data, range(8), Want(captions=False)))
     assert composed_sets.tag_text([f"w{i}" for i in range(30)] + ["w3"]).split() == [f"w{i}" for i in range(10, 30)]
+
+
+def test_an_image_of_several_categories_is_in_the_gallery_of_each(tmp_path):
+    raw = tmp_path / "raw"
+    for folder in ("image_splits", "captions"):
+        (raw / folder).mkdir(parents=True)
+    splits = {"dress": ["A", "B"], "shirt": ["B", "C"], "toptee": ["D", "B", "A"]}
+    for i, (category, keys) in enumerate(splits.items()):
+        (raw / f"image_splits/split.{category}.val.json").write_text(json.dumps(keys))
+        pair = {"candidate": keys[0], "target": keys[1], "captions": ["x", "y"]}
+        (raw / f"captions/cap.{category}.val.json").write_text(json.dumps([pair]))
+        (raw / f"asin2attr.{category}.val.json").write_text(json.dumps({"B": [[f"tag {i}"]]}))
+    for n, key in enumerate("ABCD"):
+        picture(raw / "images" / f"{key}.jpg", n)
+    assert tools.make(f"fashioniq:{raw}", tmp_path / "out", part="val") == 0
+    data = opened(tmp_path / "out", "val", captions="none")
+    of_image = composed.categories_of(data, list(splits))
+    keys = [r.key for r in read_samples(data, range(4), Want(captions=False))]
+    assert {c: sorted(k for k, some in zip(keys, of_image, strict=True) if c in some) for c in splits} == {
+        c: sorted(members) for c, members in splits.items()
+    }
+    (told,) = [
+        r.captions[0] for r in read_samples(opened(tmp_path / "out", "val", captions="optional", triplets="beside"), [keys.index("B")])
+    ]
+    assert told == "tag 0 1 2"
 
 
 def test_utzap50k(tmp_path):

@@ -72,14 +72,14 @@ def world():
     )
 
 
-def brute(world, lines, gallery, ks, same_caption=False, exclude=True):
-    """R@K for each kind of query, one query at a time."""
+def brute(world, lines, gallery, ks, same_caption=False, exclude=True, merged=False):
+    """R@K for each kind of query, one query at a time: each line's, or merged those of equal reference and text."""
     keys, captions, images, _ = world
     questions = {}
-    for t in lines:
-        questions.setdefault((t["reference"], t["modification"]), set()).add(t["target"])
+    for n, t in enumerate(lines):
+        questions.setdefault((t["reference"], t["modification"], 0 if merged else n), set()).add(t["target"])
     hits = {what: [] for what in ("composed", "image", "text", "sum")}
-    for (reference, text), targets in questions.items():
+    for (reference, text, _), targets in questions.items():
         v, s = images[keys.index(reference)], np.asarray(TEXT({}, encode([text])))[0]
         for what, q in {"composed": v + 0.5 * s, "image": v, "text": s, "sum": v + s}.items():
             items = [i for i in gallery if not exclude or keys[i] != reference]
@@ -97,9 +97,14 @@ def test_numbers_are_those_of_brute_force(world, tmp_path):
     path = tmp_path / "val-triplets.jsonl"
     path.write_text("\n".join(map(json.dumps, [*lines, *several])))
     values, shown = run(show=3, triplets=str(path))
+    merged, _ = run(show=0, triplets=str(path), queries="merged")
     want = brute(world, [*lines, *several], range(60), (1, 5, 10))
+    either = brute(world, [*lines, *several], range(60), (1, 5, 10), merged=True)
+    assert want != either
     for name, value in want.items():
         assert values[f"val/{name}"] == pytest.approx(value, abs=1e-6), name
+        assert merged[f"val/original,joined,merged/{name}"] == pytest.approx(either[name], abs=1e-6), name
+    assert (values["val/queries"], values["val/gallery"]) == (len(lines) + len(several), 60) and merged["val/queries"] == len(lines)
     scores = np.asarray(TEXT({}, encode(list(dict.fromkeys(captions))))) @ images.T
     right = np.array([[a == b for b in captions] for a in dict.fromkeys(captions)])
     first = [min(list(np.argsort(-row)).index(j) for j in np.flatnonzero(r)) for row, r in zip(scores, right, strict=True)]
@@ -126,6 +131,7 @@ def test_protocols_and_categories(world, tmp_path):
         np.mean([values[f"val/val,single/{c}/composed/r@10"] for c in ("one", "two")])
     )
     assert values["val/missing"] == 1
+    assert values["val/val,single/one/queries"] == 2 * len([t for t in half if t["category"] == "one"])
     joined = [{**t, "modification": " <and> ".join(t["modification"])} for t in half]
     values, _ = run(show=0, triplets=str(path), gallery="val", ks=(1,))
     mine = [t for t in joined if t["category"] == "one"]
@@ -141,7 +147,7 @@ def test_equal_captions_are_equally_right(world):
 
 def test_what_cannot_be_is_said_before_training():
     for options, message in (
-        (dict(triplets="siblings"), "queries are fixed"), (dict(texts="joined_random"), "is for training"), (dict(ks=()), "ks is"),
+        (dict(triplets="siblings"), "queries are fixed"), (dict(texts="joined_random"), "is for training"), (dict(queries="all"), "queries is 'all'"), (dict(ks=()), "ks is"),
         (dict(triplets="/nowhere.jsonl"), "cannot be read"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
