@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from jaxvl.data import pixels
-from jaxvl.data.pixels import Header, Undecodable, read_header
+from jaxvl.data.formats import Undecodable
+from jaxvl.data.pixels import Header, read_header
 from jaxvl.data.resize import Box, resize
 
 __all__ = [
@@ -33,6 +34,9 @@ __all__ = [
 # of the whole image, as image processors elsewhere do it, also for hard edges, where training's 0.7 and 3 are off by up to 20.
 EVAL_MARGIN, EVAL_SPARE = 8.0, 4
 UNIFORMS = 22  # of decode_train, each in [0, 1): ten tries of (area, ratio), then the offsets x and y
+
+
+LONGEST = 64  # pixels that one of a result is weighed from, along a side much longer than the other; more are averaged first
 
 
 class DecodeOptions(NamedTuple):
@@ -178,10 +182,18 @@ def _near(found: np.ndarray, factor: int, box: Box, size: int, longest: float = 
     left, top, right, bottom = box
     side, long = sorted((right - left, bottom - top))
     rough = max(int(side / (factor * spare * size)), math.ceil(long / (factor * longest)))
-    if rough > 1:  # a box average; it leaves the bicubic kernel `spare` pixels a side or more for each of its own
-        found = np.asarray(Image.fromarray(found).reduce(rough))
-        factor *= rough
-    return found, (left / factor, top / factor, right / factor, bottom / factor)
+    across, down = (max(1, rough, int(length / (factor * LONGEST * size))) for length in (right - left, bottom - top))
+    if across > 1 or down > 1:  # a box average; it leaves the bicubic kernel `spare` pixels a side or more for each of its own
+        found = _averaged(found, across, down)
+    across, down = factor * across, factor * down
+    return found, (left / across, top / down, right / across, bottom / down)
+
+
+def _averaged(found: np.ndarray, across: int, down: int) -> np.ndarray:
+    """The averages of boxes of so many pixels, rows by rows: Pillow's copy of all of them would be larger than they are."""
+    step = down * max(1, (1 << 22) // (found.shape[1] * down))
+    parts = [np.asarray(Image.fromarray(found[top : top + step]).reduce((across, down))) for top in range(0, len(found), step)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _cut(found: np.ndarray, factor: int, header: Header, box: Box, size: int, spare: int = 3) -> np.ndarray:

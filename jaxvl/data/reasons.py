@@ -3,6 +3,8 @@
 An index stores a reason by its place here, so words are only ever added at the end.
 """
 
+from jaxvl.data.formats import UNREAD, told
+
 REASONS = {
     "truncated": "the sample, or the shard, is cut short",
     "noimage": "the sample has no image",
@@ -27,3 +29,4 @@ REASONS = {
     "unidentified": "the field that data.id names is missing",
     "missing": "a triplet names an image that no shard has",
 }
+REASONS |= {word: told(word) for word in UNREAD}

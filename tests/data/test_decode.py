@@ -231,9 +231,9 @@ def test_a_layout_unknown_to_libjpeg_turbo_falls_to_pillow(monkeypatch):
     [
         (b"", "empty"),
         (b"<!DOCTYPE html><html><body>404</body></html>", "notimage"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "notimage"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg"),
         (b"\0" * 4096, "notimage"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "notimage"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "eps"),
         (b"\x89PNG\r\n\x1a\n" + b"junk" * 40, "truncated"),
         (b"\xff\xd8\xff\xe0" + b"\0" * 99, "corrupt"),
         (b"RIFF\x10\0\0\0WEBPVP8 ", "corrupt"),
