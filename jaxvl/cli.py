@@ -7,15 +7,23 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
+
+from jaxvl.terminal import guard, tell, visible
 
 # What XLA says of a lost peer or device, at times in a ValueError: nothing that a person can mend in a config, and a restart may.
 RUNTIME = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|DATA_LOSS): ")
 DESCRIPTION = "Vision-language pre-training in JAX: train, evaluate, prepare data, measure."
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(message))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of `jaxvl`."""
-    top = argparse.ArgumentParser(prog="jaxvl", description=DESCRIPTION)
+    top = _Parser(prog="jaxvl", description=DESCRIPTION)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     train = verbs.add_parser(
@@ -199,6 +207,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status. Errors a person can mend are one message without a traceback (exit 2)."""
+    guard()
     known, rest = parser().parse_known_args(argv)
     overrides = [r.removeprefix("--config.") for r in rest if r.startswith("--config.") and "=" in r]
     if strange := [r for r in rest if not (r.startswith("--config.") and "=" in r)]:
@@ -215,12 +224,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _leave(130)
     except Exception as error:
         if not isinstance(error, (ValueError, OSError)) or os.environ.get("JAXVL_TRACEBACK"):
-            traceback.print_exc()
+            tell(traceback.format_exc(), error=True)
             return _leave(1)
         if RUNTIME.match(str(error)):
-            print(f"jaxvl {known.verb}: the connection to another process of this run broke, or a device failed: {error}", file=sys.stderr)
+            tell(f"jaxvl {known.verb}: the connection to another process of this run broke, or a device failed: {error}", error=True)
             return _leave(1)
-        print(f"jaxvl {known.verb}: {error}\n(JAXVL_TRACEBACK=1 shows where)", file=sys.stderr)
+        tell(f"jaxvl {known.verb}: {error}\n(JAXVL_TRACEBACK=1 shows where)", error=True)
         return _leave(2)
 
 
@@ -271,14 +280,14 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> int:
 def _words(args: argparse.Namespace, overrides: list[str]) -> int:
     from jaxvl import words
 
-    print(words.run(args.workdir, overrides, images=args.images, step=args.step, ema=args.ema))
+    tell(str(words.run(args.workdir, overrides, images=args.images, step=args.step, ema=args.ema)))
     return 0
 
 
 def _report(args: argparse.Namespace, _: list[str]) -> int:
     from jaxvl import report
 
-    print(report.write_report(args.workdir))
+    tell(str(report.write_report(args.workdir)))
     return 0
 
 

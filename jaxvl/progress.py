@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
+from jaxvl.terminal import screen, tell, visible
+
 PATIENCE = 5.0  # seconds of work before a plain line is printed
 EVERY = 15.0  # seconds between plain lines of one bar
 
@@ -23,7 +25,7 @@ class Bar:
     """One piece of work. Iterate over it, or use it in a `with` block and call `advance`."""
 
     def __init__(self, items: Iterable[Any], text: str, total: int | None, unit: str, done: int, plain: bool):
-        self._items, self._text, self._total, self._unit = items, text, total, unit
+        self._items, self._text, self._total, self._unit = items, visible(text, line=True), total, visible(unit, line=True)
         self._plain = plain
         self.done = done
         self._begin = self._printed = 0.0
@@ -58,7 +60,7 @@ class Bar:
         if n and self._origin is None:
             self._origin = (now, self.done)
         if self._task is not None:
-            _live.update(self._task, completed=self.done, note=note, eta=self._eta_text())
+            _live.update(self._task, completed=self.done, note=visible(note, line=True), eta=self._eta_text())
         elif self._plain and now - self._begin > PATIENCE and (self._printed == self._begin or now - self._printed > EVERY):
             self._printed = now
             say("  ".join(filter(None, (f"{self._text}: {self._count()}", note, self._eta_text()))))
@@ -107,9 +109,9 @@ def say(text: str) -> None:
         return
     with _lock:
         if _live is not None:
-            _live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            _live.console.print(visible(text), soft_wrap=True)
         else:
-            print(text, file=sys.stderr, flush=True)
+            tell(text, error=True)
 
 
 def silence(silent: bool = True) -> None:
@@ -131,7 +133,6 @@ def _display() -> Any:
     """The live display, started with the first bar."""
     global _live, _open
     if _live is None:
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
         from rich.text import Text
 
@@ -151,7 +152,7 @@ def _display() -> Any:
             TextColumn("{task.fields[eta]}", markup=False, style="cyan"),
         )
         # What is printed to a redirected standard output must not be drawn on the screen instead.
-        _live = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty())
+        _live = Progress(*columns, console=screen(error=True), transient=True, redirect_stdout=sys.stdout.isatty())
         _live.start()
     _open += 1
     return _live

@@ -15,6 +15,7 @@ import numpy as np
 from jaxvl.evals.class_retrieval import measure
 from jaxvl.evals.metric_learning import by_label
 from jaxvl.mesh import MeshOptions, make_mesh
+from jaxvl.terminal import tell
 
 ROWS, CLASSES, WIDTH = 60_502, 11_316, 512
 KS = (1, 10, 100, 1000)
@@ -25,7 +26,7 @@ def main(config: str | None, overrides: Sequence[str], *, rounds: int) -> int:
     del rounds
     if config or overrides:
         raise ValueError("bench evaluation measures embeddings of its own: it takes neither --config nor overrides")
-    print(json.dumps(run(ROWS, CLASSES, WIDTH, part=6_000), indent=2))
+    tell(json.dumps(run(ROWS, CLASSES, WIDTH, part=6_000), indent=2))
     return 0
 
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from jaxvl.data import decode, keyed
 from jaxvl.data.text import TokenizerOptions, load_tokenizer, train_tokenizer
+from jaxvl.terminal import tell
 
 BATCH = 64
 OPTIONS = decode.DecodeOptions()
@@ -212,7 +213,7 @@ def main(config: str | None = None, overrides: Sequence[str] = (), *, rounds: in
         raise ValueError("bench input measures the default loader over shards of its own; it takes no --config")
     if rounds < 1:
         raise ValueError(f"--rounds is {rounds}; it takes 1 or more, 3 for a claim")
-    print(json.dumps(measure(rounds), indent=2))
+    tell(json.dumps(measure(rounds), indent=2))
     return 0
 
 
@@ -222,5 +223,5 @@ if __name__ == "__main__":
     arguments.add_argument("folder", type=Path)
     arguments.add_argument("images", type=int)
     given = arguments.parse_args()
-    print(json.dumps(_work(given.rival, given.folder, given.images)), flush=True)
+    tell(json.dumps(_work(given.rival, given.folder, given.images)))
     os._exit(0)  # threads that still prepare the next batches have nothing left to say

@@ -16,6 +16,7 @@ from jax.stages import Compiled
 from jaxvl.losses.infonce import infonce
 from jaxvl.losses.sigmoid import sigmoid
 from jaxvl.mesh import BATCH, MeshOptions, make_mesh
+from jaxvl.terminal import tell
 
 LOSSES: dict[Callable, tuple[float, ...]] = {infonce: (1 / 0.07,), sigmoid: (10.0, -10.0)}
 IMPLS = ("global", "ring")
@@ -28,7 +29,7 @@ def main(config: str | None, overrides: Sequence[str], *, rounds: int) -> int:
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", 8)
     on_cpu = jax.default_backend() == "cpu"
-    print(json.dumps(measure(batch=32768, timed_batch=4096 if on_cpu else 32768, width=512, rounds=rounds), indent=2))
+    tell(json.dumps(measure(batch=32768, timed_batch=4096 if on_cpu else 32768, width=512, rounds=rounds), indent=2))
     return 0
 
 

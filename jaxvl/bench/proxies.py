@@ -31,6 +31,7 @@ from jaxvl.mesh import BATCH, MeshOptions, make_mesh, place, shardings
 from jaxvl.methods.method import Run
 from jaxvl.optim import OptimOptions, make_optimizer
 from jaxvl.state import STATE_RULES
+from jaxvl.terminal import tell
 
 DEVICES, WIDTH, BATCH_SIZE, KEEP = 8, 128, 64, 0.05
 CLASSES, ONLY_COMPILED = (10_000, 100_000, 1_000_000), 10_000_000
@@ -49,7 +50,7 @@ def main(config: str | None, overrides: Sequence[str], *, rounds: int) -> int:
         raise ValueError("bench proxies measures steps of its own: it takes neither --config nor overrides")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", DEVICES)
-    print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "width": WIDTH, "batch": BATCH_SIZE, "rounds": rounds,
+    tell(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "width": WIDTH, "batch": BATCH_SIZE, "rounds": rounds,
                       "steps": steps(CLASSES, rounds), "only_compiled": compiled_only(ONLY_COMPILED), "hierarchy": hierarchy(rounds)}, indent=2))  # fmt: skip
     return 0
 

@@ -14,6 +14,7 @@ from jaxvl import config as configs
 from jaxvl.assembly import assemble
 from jaxvl.bench.sizes import tokenizer
 from jaxvl.evals.rerank import RerankOptions, pair_costs
+from jaxvl.terminal import tell
 
 PAIRS = 4  # in the programs that XLA counts
 TEXTS = 5  # captions of an image in COCO and Flickr30K, each of which asks for k_test images
@@ -28,7 +29,7 @@ def main(path: str | None, overrides: list[str], rounds: int) -> int:
     chosen = next(((name, o) for name, o in recipe.evals.items() if isinstance(o, RerankOptions)), None)
     if chosen is None:
         raise ValueError(f"--config={path} has no evaluation of kind rerank")
-    print(json.dumps({"config": path, "eval": chosen[0], **measure(recipe, chosen[1])}, indent=2))
+    tell(json.dumps({"config": path, "eval": chosen[0], **measure(recipe, chosen[1])}, indent=2))
     return 0
 
 

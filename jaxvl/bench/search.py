@@ -29,6 +29,7 @@ from jaxvl.search.backends import AT, POSTINGS, PRUNED, Search, csr, open_backen
 from jaxvl.search.extras import EXTRAS, LIBRARIES
 from jaxvl.search.lexical import Pruning
 from jaxvl.search.store import drafting, finish
+from jaxvl.terminal import tell
 
 TOTAL, WORDS, ACTIVE, WIDTH, QUERIES = 100_000, 17_182, 296, 512, 100
 TOPICS, OFFSET = 1000, 100  # use of word r: 1 / (r + OFFSET), by which the most used is in about half of the vectors
@@ -41,7 +42,7 @@ def main(config: str | None, overrides: Sequence[str], *, rounds: int) -> int:
     """Print JSON. Raises ValueError for a config, which nothing would read."""
     if config or overrides:
         raise ValueError("bench search measures vectors of its own: it takes neither --config nor overrides")
-    print(json.dumps(run(TOTAL, WORDS, ACTIVE, WIDTH, QUERIES, rounds=rounds), indent=2))
+    tell(json.dumps(run(TOTAL, WORDS, ACTIVE, WIDTH, QUERIES, rounds=rounds), indent=2))
     return 0
 
 

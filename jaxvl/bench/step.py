@@ -27,6 +27,7 @@ from jaxvl.config import Recipe
 from jaxvl.mesh import make_mesh, place
 from jaxvl.methods import METHODS
 from jaxvl.report.clock import peak_flops
+from jaxvl.terminal import tell
 
 REUSE = "features of frozen towers computed once"
 
@@ -42,7 +43,7 @@ def main(config: str | None, overrides: Sequence[str], *, rounds: int) -> int:
     """Print the measurement of a config, or of a small built-in one, as JSON. Raises ValueError for a wrong config."""
     jax.config.update("jax_enable_compilation_cache", False)
     recipe = configs.read(configs.load(config or str(SMALL), overrides))
-    print(json.dumps({"config": config or "built-in", **measure(recipe, rounds=rounds)}, indent=2))
+    tell(json.dumps({"config": config or "built-in", **measure(recipe, rounds=rounds)}, indent=2))
     return 0
 
 

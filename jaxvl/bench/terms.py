@@ -19,6 +19,7 @@ from jaxvl.assembly import assemble
 from jaxvl.bench.sizes import SMALL, tokenizer
 from jaxvl.mesh import BATCH, make_mesh
 from jaxvl.methods.method import Term, unit
+from jaxvl.terminal import tell
 
 
 def main(config: str | None, overrides: Sequence[str], *, rounds: int) -> int:
@@ -32,7 +33,7 @@ def main(config: str | None, overrides: Sequence[str], *, rounds: int) -> int:
         if parts.method.terms is None:
             raise ValueError(f"config.method.name is {recipe.method.name!r}, whose loss is one term; TCL and CODIS name theirs")
         found = measure(parts.method.terms(parts.spec), mesh, rounds=rounds)
-    print(json.dumps({"config": config, "batch_size": recipe.train.batch_size, "devices": jax.device_count(), "terms": found}, indent=2))
+    tell(json.dumps({"config": config, "batch_size": recipe.train.batch_size, "devices": jax.device_count(), "terms": found}, indent=2))
     return 0
 
 

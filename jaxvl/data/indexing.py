@@ -1,19 +1,17 @@
 """Indexes of many shards: found where they are kept, checked against their shards, built where missing or stale."""
 
-import contextlib
 import multiprocessing
 import os
 import stat
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
 
+from jaxvl import progress as bars
 from jaxvl.data.cache import Cache, digest, is_remote, locked, open_shard, stamp
 from jaxvl.data.tarindex import Index, Summary, build_index, empty_index, read_summary, save_index
 
-PROGRESS_AFTER = 5.0  # seconds
 PROCESSES_FROM = 1 << 31  # bytes of shards below which starting processes costs more than it saves
 GONE = (0, 0)  # the stamp of a shard that cannot be reached
 STORE_THREADS = 32  # a remote store answers slowly, and many questions at once
@@ -114,22 +112,5 @@ _shared: tuple[Callable, Any]
 
 
 def progress(items: Iterable[Any], total: int, title: str) -> Iterator[Any]:
-    """`items`, with a progress bar on standard error once they have taken more than five seconds."""
-    begun, step = time.monotonic(), None
-    with contextlib.ExitStack() as stack:
-        for done, item in enumerate(items, 1):
-            yield item
-            if step is None and time.monotonic() - begun > PROGRESS_AFTER:
-                step = stack.enter_context(_bar(total, title))
-            if step is not None:
-                step(done)
-
-
-@contextlib.contextmanager
-def _bar(total: int, title: str) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.update(task, completed=done)
+    """`items`, with a progress bar on standard error."""
+    return iter(bars.progress(items, title, total=total))

@@ -17,6 +17,7 @@ from jaxvl.data.reasons import REASONS
 from jaxvl.data.source import Bad, Source, Want
 from jaxvl.data.sources import open_source
 from jaxvl.data.tarindex import exclude, load_index, save_index
+from jaxvl.terminal import table, tell
 
 SHOWN = 40  # shards of a table; the sum has them all
 SAMPLED = 100_000  # samples that stats looks into
@@ -76,7 +77,7 @@ def stats(paths: Sequence[str], json: bool = False, indexes: str = "", cache: st
     }
     report |= _describe(rows) if rows else {}
     if json:
-        print(jsonlib.dumps(report))
+        tell(jsonlib.dumps(report))
     else:
         _print_stats(report)
     return 0 if good else 1
@@ -104,7 +105,7 @@ def make(
     name, _, folder = what.partition(":")
     if folder and name in composed_sets.SETS:
         shards, missing = composed_sets.make_set(name, Path(folder), Path(out), part, per_shard)
-        print(f"{len(shards)} shards in {out}; {len(missing)} images are missing, {part}-missing.txt lists them")
+        tell(f"{len(shards)} shards in {out}; {len(missing)} images are missing, {part}-missing.txt lists them")
         return 0
     annotated = what.endswith(LISTS)
     if (images or split) and not annotated:
@@ -127,8 +128,8 @@ def make(
             raise ValueError("part and size are for glyphs; a folder is written whole")
         shards, left_out = make_shards(Path(what), Path(out), per_shard)
     for path in left_out:
-        print(f"left out, {'missing' if layout else 'no caption'}: {path}")
-    print(f"{len(shards)} shards in {out}, {len(left_out)} images left out")
+        tell(f"left out, {'missing' if layout else 'no caption'}: {path}")
+    tell(f"{len(shards)} shards in {out}, {len(left_out)} images left out")
     return 0
 
 
@@ -241,7 +242,7 @@ def _print_counts(counts: list[ShardCount], json: bool) -> int:
     good = sum(c.good for c in counts)
     if json:
         shards = [c._asdict() for c in counts]
-        print(
+        tell(
             jsonlib.dumps(
                 {
                     "good": good,
@@ -253,25 +254,19 @@ def _print_counts(counts: list[ShardCount], json: bool) -> int:
             )
         )
         return 0 if good else 1
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("shard", "samples", "good", "bad", "reasons", "damage", title=f"{len(counts)} shards")
     faults = {c.shard: sum(map(len, c.bad.values())) for c in counts}
     worst = set(sorted(faults, key=lambda shard: -faults[shard])[:SHOWN])
+    rows = []
     for count in (c for c in counts if c.shard in worst):
         bad, words = faults[count.shard], _words({reason: len(keys) for reason, keys in count.bad.items()})
-        name = Text(count.shard, overflow="fold")
-        table.add_row(name, f"{count.good + bad:,}", f"{count.good:,}", f"{bad:,}", words, _words(count.damage))
+        rows.append((count.shard, f"{count.good + bad:,}", f"{count.good:,}", f"{bad:,}", words, _words(count.damage)))
     if len(counts) > SHOWN:
-        table.add_row(f"... and {len(counts) - SHOWN} more, with fewer faults", "", "", "", "", "")
-    table.add_section()
-    table.add_row("all", f"{good + reasons.total():,}", f"{good:,}", f"{reasons.total():,}", _words(reasons), _words(damage))
-    console = Console()
-    console.print(table)
+        rows.append((f"... and {len(counts) - SHOWN} more, with fewer faults", "", "", "", "", ""))
+    rows.append(("all", f"{good + reasons.total():,}", f"{good:,}", f"{reasons.total():,}", _words(reasons), _words(damage)))
+    head = ("shard", "samples", "good", "bad", "reasons", "damage")
+    table(f"{len(counts)} shards", head, rows, left=("shard", "reasons", "damage"), total=True)
     for word in sorted({*reasons, *damage}):
-        console.print(Text(f"{word}: {REASONS[word]}"))
+        tell(f"{word}: {REASONS[word]}")
     return 0 if good else 1
 
 
@@ -280,14 +275,8 @@ def _words(counted: dict[str, int]) -> str:
 
 
 def _print_stats(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
     for name, value in report.items():
         if name != "spread":
-            console.print(f"{name}: {value:,}")
-    table = Table("", *QUANTILES)
-    for name, spread in report.get("spread", {}).items():
-        table.add_row(name, *(f"{v:,.3g}" if v < 100 else f"{v:,.0f}" for v in spread.values()))
-    console.print(table)
+            tell(f"{name}: {value:,}")
+    spread = report.get("spread", {}).items()
+    table("", ("", *QUANTILES), [(name, *(f"{v:,.3g}" if v < 100 else f"{v:,.0f}" for v in values.values())) for name, values in spread])

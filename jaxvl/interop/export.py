@@ -27,6 +27,7 @@ from jaxvl.methods import METHODS
 from jaxvl.models import lora, text as texts, vit as vits
 from jaxvl.optim import frozen
 from jaxvl.progress import say
+from jaxvl.terminal import tell
 
 FACES = ("image", "text")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of embeddings of unit norm
@@ -76,7 +77,7 @@ def run(parts: Any, found: Any, kind: str, out: Path, memory: Any = None) -> int
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(out)
+    tell(str(out))
     return 0
 
 

@@ -21,6 +21,7 @@ from jaxvl.interop import albef, foreign, load, tensors
 from jaxvl.interop.published import Fused, Published
 from jaxvl.models import kinds
 from jaxvl.progress import say
+from jaxvl.terminal import tell
 
 FILE, FORMAT = "model.json", 1
 KEPT = ("config.json", "*.safetensors.index.json", "open_clip_config.json")
@@ -89,13 +90,13 @@ def run(source: str, out: Path, *, dtype: str = "", heads: int = 0) -> int:
         say(f"no weights of the model, left out: {', '.join(found.dropped)}")
     for name in ("image", "text"):
         if getattr(found.model, name):
-            print(f"config.{name} = dict({', '.join(f'{k}={v!r}' for k, v in tower(out, name).items())})")
-            print(f'config.init.{name} = "{out}"')
+            tell(f"config.{name} = dict({', '.join(f'{k}={v!r}' for k, v in tower(out, name).items())})")
+            tell(f'config.init.{name} = "{out}"')
     if found.model.fused:
-        print(
+        tell(
             f"config.method.fusion_depth, config.method.width, config.method.queue = {found.model.fused.fusion_depth}, {found.model.fused.width}, {found.model.fused.queue}"
         )
-        print(f'config.init.whole = "{out}"')
+        tell(f'config.init.whole = "{out}"')
     return 0
 
 

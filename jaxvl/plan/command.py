@@ -5,6 +5,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxvl import terminal
+
 
 def main(
     config: str | None, overrides: Sequence[str], topology: str | None, *, compiles: int, limit: float, estimate: bool, json: bool
@@ -18,7 +20,7 @@ def main(
         raise ValueError(f"{'--topology' if config else '--config'} is missing; --table DIR needs neither")
     where = chips.topology(topology)
     plan = fit.make(configs.load(config, overrides), config, where, compiles=compiles, limit=limit, estimate=estimate)
-    print(json_.dumps(tell.as_json(plan), indent=1) if json else "\n".join(tell.lines(plan)))
+    terminal.tell(json_.dumps(tell.as_json(plan), indent=1) if json else "\n".join(tell.lines(plan)))
     return 0
 
 
@@ -27,5 +29,5 @@ def table(folder: Path, *, limit: float, estimate: bool) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from jaxvl.plan import scale
 
-    print(scale.table(folder, limit=limit, estimate=estimate))
+    terminal.tell(scale.table(folder, limit=limit, estimate=estimate))
     return 0

@@ -2,13 +2,13 @@
 
 import re
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxvl.progress import duration
 from jaxvl.report.goodput import KINDS, Session, account, between
+from jaxvl.terminal import table, tell
 
 RECALL = re.compile(r"(?:(?P<eval>.+)/)?(?P<way>i2t|t2i)/r@(?P<k>\d+)")
 GROUPED = re.compile(r"(?P<eval>[^/]+)/grouped_by/(?P<group>.+)")  # names what made items right beside the numbers of an evaluation
@@ -98,38 +98,24 @@ def finals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Final]:
 def print_summary(rows: Sequence[Mapping[str, Any]], sessions: Sequence[Session], page: Path | None, stall: str = "") -> None:
     """Print the final metrics, where the time went, what a save costs, the page, and last of all the recalls, on standard output."""
     found = finals(rows)
-    table = []
+    cells = []
     for name, final in found.items():
         best = ("", "") if final.best is None else (number(final.best), f"{final.best_step:,}")
         if not name.startswith("time/"):
-            table.append((name, number(final.last), *best))
-    print_table("final metrics", ("metric", "last", "best", "at step"), table)
-    print("\n".join(filter(None, (goodput_line(sessions), stall))))
+            cells.append((name, number(final.last), *best))
+    table("final metrics", ("metric", "last", "best", "at step"), cells)
+    tell("\n".join(filter(None, (goodput_line(sessions), stall))))
     if page:
-        print(f"report: {page}")
+        tell(f"report: {page}")
     evals = {name: final.last for name, final in found.items() if of_recall(name)}
     if evals:
-        print(last_line(evals), flush=True)
+        tell(last_line(evals))
 
 
 def print_values(values: Mapping[str, float]) -> None:
     """Print the values of an evaluation as a table and, last, its recalls, on standard output."""
-    print_table("evaluation", ("metric", "value"), [(name, number(value)) for name, value in values.items()])
-    print(last_line(values), flush=True)
-
-
-def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on standard output."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for i, column in enumerate(head):
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    # A pipe or a file has no width of its own to fold the cells to.
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table)
+    table("evaluation", ("metric", "value"), [(name, number(value)) for name, value in values.items()])
+    tell(last_line(values))
 
 
 def goodput_line(sessions: Sequence[Session]) -> str:

@@ -2,7 +2,6 @@
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from jaxvl.progress import duration
 from jaxvl.report.clock import Activity
+from jaxvl.terminal import tell
 
 
 class Watchdog:
@@ -70,10 +70,11 @@ class Watchdog:
         number = sum(1 for _ in self._folder.glob(f"stacks-{self._process}-[0-9]*.txt"))
         path = self._folder / f"stacks-{self._process}-{number}.txt"
         with open(path, "w", encoding="utf-8") as file:
-            print(time.strftime("%Y-%m-%d %H:%M:%S"), head, file=file, flush=True)
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {head}\n")
+            file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         if who := self._missing():
-            print(f"watchdog: {who}", file=sys.stderr, flush=True)
+            tell(f"watchdog: {who}", error=True)
             with open(path, "a", encoding="utf-8") as file:
-                print(who, file=file)
-        print(path.read_text(), f"these stacks are in {path}; the run goes on", sep="", file=sys.stderr, flush=True)
+                file.write(f"{who}\n")
+        tell(f"{path.read_text()}these stacks are in {path}; the run goes on", error=True)

@@ -20,6 +20,7 @@ from jaxvl.search.items import items
 from jaxvl.search.lexical import Pruning
 from jaxvl.search.model import open_run
 from jaxvl.search.store import Draft, Index, drafting, finish
+from jaxvl.terminal import tell
 
 WORDS = 1 << 22  # entries of a sparse array that are written at a time
 
@@ -65,7 +66,7 @@ def main(run: Path, source: str, out: Path, overrides: Sequence[str], *, step: i
         index = write(draft, out, batches, meta, opened.identity.step, pruning=pruning, also=also, mesh=opened.model.mesh)
     size = sum(path.stat().st_size for path in out.iterdir())
     say(f"{index.total:,} {found.what}, {kind} vectors of {index.meta['width']:,}, {size / 1e6:,.1f} MB; {told(index.measured)}")
-    print(out)
+    tell(str(out))
     return 0
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxvl.progress import progress
 from jaxvl.search.backends import vectors
 from jaxvl.search.store import Index, open_index
+from jaxvl.terminal import tell
 
 SCALE = 10_000  # of the whole numbers: half a unit is 5e-5, one part in 150 of the smallest weight that 1/√V keeps of 17,182 words
 POINTS = 1000  # of a file
@@ -40,7 +41,7 @@ def main(folder: Path, kind: str, out: Path, scale: int) -> int:
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(out)
+    tell(str(out))
     return 0
 
 

@@ -1,7 +1,6 @@
 """`jaxvl search query`: what an index holds that is nearest to a text or an image, and for lexical vectors by which words."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +16,8 @@ from jaxvl.search.backends import open_backend, vectors
 from jaxvl.search.build import Sparsity, sparsified, told
 from jaxvl.search.model import Identity, open_run, same
 from jaxvl.search.store import Index, open_index
+from jaxvl.terminal import table, tell
 
-PLAIN_WIDTH = 160  # columns of a table that goes to no terminal
 SHOWN = 8  # words of a hit in the table; --json has all
 
 
@@ -57,11 +56,11 @@ def main(
         if index.lexical:
             asked["words"] = _by_word(index, query.indices, query.data)
         content = {"query": asked, "backend": backend, "quality": quality, "hits": [_plain(hit) for hit in found]}
-        print(json.dumps(content, ensure_ascii=False, indent=2))
+        tell(json.dumps(content, ensure_ascii=False, indent=2))
     else:
         show(found, f"{index.total:,} {index.meta['what']} searched in {1e3 * took:.1f} ms, {quality}")
     if index.lexical and not query.nnz:
-        print("the query has no word above the index's threshold, so nothing can be found", file=sys.stderr)
+        tell("the query has no word above the index's threshold, so nothing can be found", error=True)
     return 0
 
 
@@ -93,20 +92,10 @@ def hits(index: Index, found: lexical.Hits, query: Any, explain: bool) -> list[H
 
 def show(found: list[Hit], title: str) -> None:
     """Print the hits as a table."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    table.add_column("#", justify="right")
-    table.add_column("score", justify="right")
-    table.add_column("item", overflow="fold")
-    if found and found[0].words is not None:
-        table.add_column("words", overflow="fold")
-    for rank, hit in enumerate(found, 1):
-        table.add_row(str(rank), f"{hit.score:.4f}", escape(hit.name), *([] if hit.words is None else [escape(sentence(hit.words))]))
-    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
+    explained = bool(found) and found[0].words is not None
+    rows = [(str(rank), f"{hit.score:.4f}", hit.name, sentence(hit.words or {})) for rank, hit in enumerate(found, 1)]
+    head = ("#", "score", "item", "words")[: 4 if explained else 3]
+    table(title, head, [row[: len(head)] for row in rows], left=("item", "words"), box="SIMPLE_HEAD")
 
 
 def sentence(words: dict[str, float]) -> str:

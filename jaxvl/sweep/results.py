@@ -3,17 +3,22 @@
 import csv
 import io
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxvl.report.metrics import write_atomic
-from jaxvl.report.summary import number, print_table
+from jaxvl.report.summary import number
 from jaxvl.sweep import folder as folders
 from jaxvl.sweep.folder import Record
 from jaxvl.sweep.options import SweepOptions
 from jaxvl.sweep.plan import short_keys
+from jaxvl.terminal import table as show_table, tell
+
+FORMULA = ("=", "+", "-", "@", "\t", "\n")  # what a spreadsheet may begin to compute at
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 class Result(NamedTuple):
@@ -121,19 +126,27 @@ def write_tables(folder: Path, found: Found) -> list[Path]:
     paths = []
     for name, top, body in (("results.csv", head, lines), ("rows.csv", spread_head, spread_lines)):
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([top, *body])
-        write_atomic(folder / name, text.getvalue())
+        csv.writer(text, lineterminator="\n").writerows([[_cell(value) for value in line] for line in (top, *body)])
+        write_atomic(folder / name, text.getvalue().encode(errors="replace").decode())  # as the page does, of bytes that are no text
         paths.append(folder / name)
     return paths
+
+
+def _cell(value: Any) -> Any:
+    """A value as a cell that no spreadsheet takes for a formula: such a text, unless it is a number, is led by an apostrophe."""
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\r\n", "\n").replace("\r", "\n")  # the writer puts no quotes around a CR alone, which would end the row
+    return f"'{value}" if value.startswith(FORMULA) and not NUMBER.fullmatch(value) else value
 
 
 def print_found(folder: Path, found: Found) -> None:
     """The table on standard output, and below it every trial that failed with its reason and its log."""
     head, body = table(found)
-    print_table(f"{found.options.metric} ({found.options.mode}, {found.options.pick})", head, body)
+    show_table(f"{found.options.metric} ({found.options.mode}, {found.options.pick})", head, body)
     for r in found.results():
         if r.record.status == "failed":
-            print(f"{r.record.name} failed: {r.record.reason}; its log: {folder / r.record.name / folders.LOG}")
+            tell(f"{r.record.name} failed: {r.record.reason}; its log: {folder / r.record.name / folders.LOG}")
 
 
 def table(found: Found) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

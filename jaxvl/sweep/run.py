@@ -11,6 +11,7 @@ from jaxvl.sweep import folder as folders, local, page, plan, results, scheduler
 from jaxvl.sweep.folder import OVER, Record
 from jaxvl.sweep.options import SweepError
 from jaxvl.sweep.scheduler import Launch, Source
+from jaxvl.terminal import tell
 
 STOPPED = 143  # exit status of a sweep that a signal stopped: the same command goes on
 
@@ -54,7 +55,7 @@ def report(workdir: Path) -> results.Found:
     tables = results.write_tables(workdir, found)
     written = page.write_page(workdir, found)
     results.print_found(workdir, found)
-    print(f"report: {written} ({', '.join(path.name for path in tables)})", flush=True)
+    tell(f"report: {written} ({', '.join(path.name for path in tables)})")
     return found
 
 
