@@ -34,8 +34,6 @@ __all__ = [
 # of the whole image, as image processors elsewhere do it, also for hard edges, where training's 0.7 and 3 are off by up to 20.
 EVAL_MARGIN, EVAL_SPARE = 8.0, 4
 UNIFORMS = 22  # of decode_train, each in [0, 1): ten tries of (area, ratio), then the offsets x and y
-
-
 LONGEST = 64  # pixels that one of a result is weighed from, along a side much longer than the other; more are averaged first
 
 

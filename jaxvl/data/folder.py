@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxvl.data.cache import digest
+from jaxvl.data.formats import unread
 from jaxvl.data.source import Bad, Place, Record, Source, Want
 from jaxvl.data.targroup import IMAGES
+from jaxvl.progress import say
 
 SCHEME = "folder://"
 
@@ -29,8 +31,12 @@ def folder_source(pattern: str, how: Place) -> Source:
     if not folder.is_dir():
         raise ValueError(f"data.source {pattern!r}: {folder} is not a folder")
     names = images_below(folder)
+    others = unread(sorted(p for p in folder.rglob("*") if p.is_file()))
     if not names:
-        raise ValueError(f"data.source {pattern!r}: no image below {folder} (looked for {', '.join(IMAGES[:6])}, ...)")
+        first = f"; {others[0]}, which is not read" if others else ""
+        raise ValueError(f"data.source {pattern!r}: no image below {folder} (looked for {', '.join(IMAGES[:6])}, ...){first}")
+    if others:
+        say(f"data.source {pattern!r}: {len(others):,} images left out, of formats that are not read ({others[0]})")
     version = digest(repr([(name, (folder / name).stat().st_size, (folder / name).stat().st_mtime_ns) for name in names]))
     counts = np.array([len(names)], np.int64)
     return Source(pattern, version, (str(folder),), counts, np.zeros_like(counts), functools.partial(_read, str(folder), names), _nothing)

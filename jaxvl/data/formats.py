@@ -2,6 +2,8 @@
 
 import functools
 import re
+from collections.abc import Iterable
+from pathlib import Path
 
 from PIL import Image
 
@@ -43,8 +45,9 @@ UNREAD: dict[str, tuple[str, tuple[bytes, ...], tuple[str, ...]]] = {
 EXTENSIONS = {extension: word for word, (_, _, extensions) in UNREAD.items() for extension in extensions}
 
 BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "raw"} | dict.fromkeys(
-    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "heic"
-)  # of ISO base media files, the first that is known
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), "heic"
+)  # of ISO base media files
+GENERAL = (b"mif1", b"msf1")  # brands of pictures in any coding; without another it is HEIC or one rarer still
 VECTOR = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml|<!--|<!DOCTYPE svg|<svg[\s>])", re.IGNORECASE)
 SNIFFED = 1024  # bytes in which an SVG document shows itself
 
@@ -65,7 +68,10 @@ def sniff(head: bytes) -> str:
         length = max(16, min(int.from_bytes(head[:4]), 256))
         brands = [head[8:12]] + [head[i : i + 4] for i in range(16, length, 4)]
         found = [BRANDS[brand] for brand in brands if brand in BRANDS]
-        return _readable_avif() if "AVIF" in found else found[0] if found else ""
+        if "AVIF" in found:
+            return _readable_avif()
+        general = any(brand in GENERAL for brand in brands) and length <= len(head)
+        return found[0] if found else "heic" if general else ""
     if head[8:10] == b"CR" and head[:4] == b"II*\0":
         return "raw"
     if head[128:132] == b"DICM":
@@ -79,6 +85,12 @@ def sniff(head: bytes) -> str:
     if VECTOR.match(head) and re.search(rb"<svg[\s>]", head[:SNIFFED], re.IGNORECASE):
         return "svg"
     return ""
+
+
+def unread(paths: Iterable[Path]) -> list[str]:
+    """Of these files those that are called like a picture that is not read, each with its format."""
+    words = ((path, EXTENSIONS.get(path.suffix[1:].lower())) for path in paths)
+    return [f"{path} is {UNREAD[word][0]}" for path, word in words if word]
 
 
 def told(word: str) -> str:

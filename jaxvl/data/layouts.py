@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from jaxvl.data.formats import unread
 from jaxvl.data.lists import column, entries, find, read_json, text_lines
 from jaxvl.data.make import check, write_shards
 from jaxvl.data.targroup import IMAGES
+from jaxvl.progress import say
 
 TAXONOMY = ("kingdom", "phylum", "class", "order", "family", "genus")
 
@@ -58,7 +60,10 @@ def _sample(folder: Path, one: Listed) -> dict[str, bytes]:
 def _folders(folder: Path, part: str) -> Iterator[Listed]:
     if part not in ("all", "train"):
         raise ValueError(f"part {part!r}: a tree of folders is written whole; its halves of classes are data.classes=first and second")
-    for file in sorted(p for p in folder.rglob("*") if p.suffix[1:].lower() in IMAGES and p.is_file()):
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    if others := unread(files):
+        say(f"{len(others):,} images left out, of formats that are not read ({others[0]})")
+    for file in (p for p in files if p.suffix[1:].lower() in IMAGES):
         path = file.relative_to(folder)
         above = path.parts[:-1]
         if above:  # an image beside the folders has no class

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxvl.data.annotations import CAPTION, FILE, Entry, annotated, entry
+from jaxvl.data.formats import unread
 from jaxvl.data.indexing import progress
 from jaxvl.data.lists import find, read_json, rows
 from jaxvl.data.targroup import EXTENSIONS, IMAGES
@@ -39,6 +40,7 @@ def make_shards(folder: Path, out: Path, per_shard: int) -> tuple[list[Path], li
         raise ValueError(f"{folder} is not a folder; give one of images with captions, or glyphs")
     beside = _beside(folder)
     images = sorted(p for p in beside if p.suffix[1:].lower() in IMAGES)
+    _tell(unread(beside), "images left out, of formats that are not read")
     names = {p.relative_to(folder).as_posix(): p for p in images}
     listed = _listed(folder, names)
     captions = {name: _captions(beside[p], listed.fields.get(name, {}), listed.faults) for name, p in names.items()}
@@ -76,7 +78,8 @@ def make_annotated(file: Path, images: Path, out: Path, per_shard: int, splits: 
     if lost := [path for path in missing if path in captioned]:
         raise ValueError(f"{len(lost):,} of {len(captioned):,} images of {file} are not below {images}: {lost[0]} is the first")
     if strange := [path for path in captioned if Path(path).suffix[1:].lower() not in IMAGES]:
-        raise ValueError(f"{file}: {strange[0]} is no image by its name; known are {', '.join(IMAGES)}")
+        named = unread([Path(strange[0])])
+        raise ValueError(f"{file}: {named[0] if named else f'{strange[0]} is no image by its name'}; known are {', '.join(IMAGES)}")
     contents = (_packed(images / path, fields["captions"][0].encode(), fields) for path, fields in captioned.items())
     return write_shards(out, contents, len(captioned), per_shard), sorted(samples.keys() - captioned.keys())
 

@@ -30,3 +30,4 @@ REASONS = {
     "missing": "a triplet names an image that no shard has",
 }
 REASONS |= {word: told(word) for word in UNREAD}
+REASONS |= {"noend": "the JPEG lacks its end mark, but nothing of the picture; it is used"}

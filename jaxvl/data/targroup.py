@@ -8,6 +8,7 @@ a one-word reason:
 |----------------------------------------------------------|--------------------------------------------------------|
 | KEY.jpg .jpeg .png .webp .gif .bmp .tif ..., in any case | the image; decoded by content, not by name             |
 | no such name, but a member that begins like an image     | the image                                              |
+| the image is of a format that is not read (formats.py)   | the word of that format: "jxl", "heic", "svg", ...     |
 | KEY.txt .text .caption                                   | the main caption                                       |
 | KEY.json                                                 | fields, further captions                               |
 | KEY.cls                                                  | field "cls"                                            |
@@ -27,6 +28,7 @@ a one-word reason:
 
 from collections.abc import Iterable
 
+from jaxvl.data import formats
 from jaxvl.data.tarwalk import Damage, Member
 
 SLOTS = ("image", "text", "json", "cls")
@@ -40,15 +42,6 @@ EXTENSIONS = dict.fromkeys(IMAGES, "image") | {
     "json": "json",
     "cls": "cls",
 }
-HEADS = (
-    b"\xff\xd8\xff",
-    b"\x89PNG\r\n",
-    b"GIF8",
-    b"BM",
-    b"II*\0",
-    b"MM\0*",
-    b"\0\0\0\x0cjP",
-)  # of members by any other name
 UNCAPTIONED = ("nocaption", "blank")  # bad as a pair, good as an image
 LIMITS = {"image": 1 << 27, "text": 1 << 24, "json": 1 << 24, "cls": 1 << 10}
 
@@ -62,7 +55,7 @@ class Sample:
         self.key, self.plain, self.copy, self.sniffed = key, plain, copy, False
         self.members: dict[str, tuple[int, int]] = {}  # slot -> data offset, size
         self.names: dict[str, bytes] = {}  # slot -> the base name that filled it
-        self.faults: dict[str, str] = {}  # slot -> link, device, sparse or truncated
+        self.faults: dict[str, str] = {}  # slot -> link, device, sparse, truncated or a format that is not read
 
     def reason(self) -> str | None:
         """Why the sample is bad; None for a whole one."""
@@ -118,13 +111,15 @@ def group(entries: Iterable[Member | Damage]) -> tuple[list[Sample], tuple[str, 
 
 def _place(sample: Sample, member: Member, base: bytes, extension: str) -> None:
     slot = EXTENSIONS.get(extension)
-    sniffed = slot is None and member.kind == "file" and _begins_like_image(member.head)
+    looks = formats.sniff(member.head) if slot in (None, "image") and member.kind == "file" else ""
+    sniffed = slot is None and (looks not in ("", "PPM", "ICO") or (extension in formats.EXTENSIONS and member.kind == "file"))
     if sniffed:
         slot = "image"
     if slot is None or (slot in sample.names and (sniffed or slot != "image" or not sample.sniffed)):
         return
     sample.names[slot] = base
     sample.members.pop(slot, None)
+    sample.faults.pop(slot, None)
     if slot == "image":
         sample.sniffed = sniffed  # a member that is called an image comes before one that only looks it
     if member.kind != "file":
@@ -133,6 +128,9 @@ def _place(sample: Sample, member: Member, base: bytes, extension: str) -> None:
         sample.faults[slot] = "truncated"
     else:
         sample.members[slot] = (member.offset, member.size)
+        word = looks or formats.EXTENSIONS.get(extension, "")
+        if slot == "image" and member.size and word in formats.UNREAD:
+            sample.faults[slot] = word
 
 
 def _fill(sample: Sample, other: Sample) -> None:
@@ -152,10 +150,6 @@ def _join_stems(alike: list[Sample]) -> set[int]:
     for other in parts[1:]:
         _fill(parts[0], other)
     return {id(s) for s in parts[1:]}
-
-
-def _begins_like_image(head: bytes) -> bool:
-    return head.startswith(HEADS) or head[8:12] == b"WEBP" or head[4:12] in (b"ftypavif", b"ftypheic")
 
 
 def _join_folders(samples: list[Sample]) -> set[int]:

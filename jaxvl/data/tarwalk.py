@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 BLOCK = 512
+HEAD = 64  # bytes of a member's data by which its format is told
 WINDOW = 4096  # one read: a caption's header, its text and the next header mostly share a page
 NAME_LIMIT = 1 << 16  # a longer GNU name or pax record is damage, not a name
 MAGIC = 257  # where a header says ustar
@@ -107,7 +108,7 @@ def walk(fd: int, length: int) -> Iterator[Member | Damage]:
             kind = None  # directories of old tars carry the type of a file
         size = 0 if header.kind in b"123456" else pending.get("size", header.size)
         pending = {}
-        member = Member(name, kind, data, size, data + size > length, read(data, 16)) if kind else None
+        member = Member(name, kind, data, size, data + size > length, read(data, HEAD)) if kind else None
         if data + size > length:
             yield Damage("truncated", position)
             if member:

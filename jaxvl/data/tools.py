@@ -13,6 +13,7 @@ from jaxvl.data import decode
 from jaxvl.data.cache import locked
 from jaxvl.data.dataset import DataOptions, decode_options, place_of
 from jaxvl.data.indexing import cores, index_path, parallel, progress
+from jaxvl.data.pixels import notice
 from jaxvl.data.reasons import REASONS
 from jaxvl.data.source import Bad, Source, Want
 from jaxvl.data.sources import open_source
@@ -37,7 +38,7 @@ class ShardCount(NamedTuple):
 def index(paths: Sequence[str], json: bool = False, rebuild: bool = False, indexes: str = "", cache: str = "") -> int:
     """Index the shards that `paths` name and print what is known. Returns 0, or 1 where no sample can be used."""
     sources = open_sources(paths, indexes, cache, rebuild)
-    return _print_counts([count for source in sources for count in known_counts(source)], json)
+    return _print_counts([count for source in sources for count in known_counts(source)], json, collections.Counter())
 
 
 def check(paths: Sequence[str], json: bool = False, record: bool = False, indexes: str = "", cache: str = "") -> int:
@@ -47,15 +48,16 @@ def check(paths: Sequence[str], json: bool = False, record: bool = False, indexe
     takes it back. Returns 0, or 1 where no sample can be used.
     """
     counts = []
+    notes: collections.Counter[str] = collections.Counter()
     for source in open_sources(paths, indexes, cache):
-        failures = check_source(source)
+        failures = check_source(source, notes)
         for count, failed in zip(known_counts(source), failures, strict=True):
             for key, reason in failed.values():
                 count.bad.setdefault(reason, []).append(key)
             counts.append(count._replace(good=count.good - len(failed)))
         if record:
             _record(source, failures, place_of(DataOptions(indexes=indexes, cache=cache)).indexes)
-    return _print_counts(counts, json)
+    return _print_counts(counts, json, notes)
 
 
 def stats(paths: Sequence[str], json: bool = False, indexes: str = "", cache: str = "") -> int:
@@ -144,15 +146,22 @@ def known_counts(source: Source) -> list[ShardCount]:
     return list(counts.values())
 
 
-def check_source(source: Source) -> list[dict[int, tuple[str, str]]]:
-    """Of every shard, the rows whose samples cannot be used although the index has them: row -> key, reason."""
+def check_source(source: Source, notes: collections.Counter[str] | None = None) -> list[dict[int, tuple[str, str]]]:
+    """Of every shard, the rows whose samples cannot be used although the index has them: row -> key, reason.
+
+    notes: counts what is odd about images that are used (pixels.notice).
+    """
     shards = range(len(source.shards))
-    return list(progress(parallel(_check_shard, source, shards, _workers(int(source.counts.sum()))), len(shards), "checking shards"))
+    checked = parallel(_check_shard, source, shards, _workers(int(source.counts.sum())))
+    found = list(progress(checked, len(shards), "checking shards"))
+    if notes is not None:
+        notes.update(word for _, odd in found for word in odd)
+    return [failures for failures, _ in found]
 
 
-def _check_shard(source: Source, shard: int) -> dict[int, tuple[str, str]]:
+def _check_shard(source: Source, shard: int) -> tuple[dict[int, tuple[str, str]], list[str]]:
     how, want = decode_options(DataOptions()), Want(alternates=False, fields=False)
-    failures = {}
+    failures, odd = {}, []
     for row in range(int(source.counts[shard])):
         record = source.read(shard, row, want)
         if isinstance(record, Bad):
@@ -162,7 +171,10 @@ def _check_shard(source: Source, shard: int) -> dict[int, tuple[str, str]]:
             decode.decode_eval(record.image, how)
         except decode.Undecodable as error:
             failures[row] = record.key, error.reason
-    return failures
+            continue
+        if word := notice(record.image):
+            odd.append(word)
+    return failures, odd
 
 
 def _record(source: Source, failures: list[dict[int, tuple[str, str]]], folder: str) -> None:
@@ -233,7 +245,7 @@ def _workers(samples: int) -> int:
     return cores() if samples >= PROCESSES_FROM else 1
 
 
-def _print_counts(counts: list[ShardCount], json: bool) -> int:
+def _print_counts(counts: list[ShardCount], json: bool, notes: collections.Counter[str]) -> int:
     reasons: collections.Counter[str] = collections.Counter()
     damage: collections.Counter[str] = collections.Counter()
     for count in counts:
@@ -249,6 +261,7 @@ def _print_counts(counts: list[ShardCount], json: bool) -> int:
                     "bad": reasons.total(),
                     "reasons": dict(reasons),
                     "damage": dict(damage),
+                    "notes": dict(notes),
                     "shards": shards,
                 }
             )
@@ -267,6 +280,8 @@ def _print_counts(counts: list[ShardCount], json: bool) -> int:
     table(f"{len(counts)} shards", head, rows, left=("shard", "reasons", "damage"), total=True)
     for word in sorted({*reasons, *damage}):
         tell(f"{word}: {REASONS[word]}")
+    for word, number in notes.items():
+        tell(f"{word}, {number:,} images: {REASONS[word]}")
     return 0 if good else 1
 
 

@@ -96,7 +96,10 @@ def scored(options: PatchdisOptions, model: Model, found: Instances, texts: np.n
             mine = found.pictures[start : start + size][low:high]
             pixels = np.zeros((high - low, side, side, 3), np.uint8)
             for i, picture in enumerate(mine):
-                pixels[i] = decode.decode_eval(picture.path.read_bytes(), how)
+                try:
+                    pixels[i] = decode.decode_eval(picture.path.read_bytes(), how)
+                except decode.Undecodable as error:
+                    raise ValueError(f"{picture.path} cannot be decoded: {error}") from None
             yield {
                 "scores": _products(
                     model.params, place({"image": pixels}, model.mesh)["image"], texts, method=model.method, augment=model.augment
