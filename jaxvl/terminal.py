@@ -3,9 +3,11 @@
 Whatever a terminal obeys is printed as JSON would escape it, "\\u001b", so that printed JSON stays the same JSON.
 """
 
+import contextlib
 import logging
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -61,15 +63,18 @@ def screen(*, error: bool = False) -> Any:
 
 
 def guard() -> None:
-    """From now on Python's warnings, and logging that no handler was set for, print through `visible` as well."""
+    """From now on what Python's warnings and logging print has gone through `visible`, whichever handlers other libraries set."""
     warnings.formatwarning = _warning
-    if logging.lastResort is not None:
-        logging.lastResort.setFormatter(_Visible())
+    logging.setLogRecordFactory(_record)
 
 
-class _Visible(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
+def _record(*args: Any, **fields: Any) -> logging.LogRecord:
+    record = logging.LogRecord(*args, **fields)
+    with contextlib.suppress(TypeError, ValueError, KeyError):  # of a wrong format, which its handler tells
+        record.msg, record.args = visible(record.getMessage()), None
+    if record.exc_info and record.exc_info[0]:
+        record.exc_text = visible("".join(traceback.format_exception(*record.exc_info)).rstrip("\n"))  # which handlers print as it is
+    return record
 
 
 def _warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
