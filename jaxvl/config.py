@@ -4,20 +4,22 @@ A section of a config is the field-by-field content of one options tuple, so the
 A key that no tuple has is an error with a suggestion: an option that nothing reads cannot exist.
 """
 
+import ast
+import contextlib
 import difflib
 import json
 import runpy
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxvl import checkpoint, report
+from jaxvl import checkpoint, mesh, report
 from jaxvl.checkpoint import CheckpointOptions
 from jaxvl.data import augment, dataset, text
 from jaxvl.data.augment import AugmentOptions
@@ -32,7 +34,10 @@ from jaxvl.models.lora import LoraOptions
 from jaxvl.models.text import TextOptions
 from jaxvl.models.vit import VitOptions
 from jaxvl.optim import OptimOptions
+from jaxvl.rehearsal import rehearse
 from jaxvl.report import LogOptions
+
+LARGEST = 2**31 - 1  # of whole numbers: what a device counts with
 
 
 class ConfigError(ValueError):
@@ -75,6 +80,7 @@ class Recipe(NamedTuple):
 
 SECTIONS = {name: kind for name, kind in Recipe.__annotations__.items() if hasattr(kind, "_fields")}
 CHECKS: dict[str, Callable[[Any], Any]] = {
+    "mesh": mesh.check,
     "tokenizer": text.check,
     "data": dataset.check,
     "augment": augment.check,
@@ -101,7 +107,13 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
 
 
 def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
-    """A complete `config` changed by `overrides`, as `load` takes them. Raises ConfigError."""
+    """A complete `config` changed by `overrides`, as `load` takes them. Raises ConfigError.
+
+    Another method, tower or evaluation is chosen first, so that the other overrides are of its keys.
+    """
+    overrides = list(overrides)
+    for item in overrides:
+        config = _chosen(config, item)
     values = flags.FlagValues()
     argv = ["jaxvl", *(f"--config.{item}" for item in overrides)]
     try:
@@ -109,7 +121,58 @@ def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
         values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(_explain(config, argv[1:], error)) from None
+    for item in overrides:
+        _retype(config, item.partition("=")[0].split("."))
     return config
+
+
+def _chosen(config: ConfigDict, item: str) -> ConfigDict:
+    """`config` with the section that an override such as "method.name=siglip" makes another kind of.
+
+    What the section left at its default takes the new kind's. Raises ConfigError for what it set and the new kind does not read.
+    """
+    key, _, value = item.partition("=")
+    where, _, key = key.rpartition(".")
+    top, _, name = where.partition(".")
+    tables: dict[str, Mapping[str, Any]] = {"method": METHODS, **KINDS, "evals": EVALS}
+    options = tables.get(top)
+    if options is None or key != ("name" if top == "method" else "kind") or (top == "evals") != bool(name):
+        return config
+    section = config.to_dict()[top]
+    section = section.get(name) if name else section
+    if section is None or section.get(key) == value or value not in options:
+        return config  # refused by name where the config is read
+    before, after = _kind(top, name, section), _kind(top, name, {key: value})
+    own = {k: v for k, v in section.items() if k != key and v != before._field_defaults.get(k)}
+    if strange := [k for k in own if k not in after._fields]:
+        told = ", ".join(f"config.{where}.{k} to {own[k]!r}" for k in strange)
+        raise ConfigError(f"--config.{item}: the config sets {told}, which {value} does not read; start from a config of {value}")
+    config = config.copy_and_resolve_references()
+    parent = config.evals if name else config
+    with config.unlocked(), parent.ignore_type():
+        parent[name or top] = ConfigDict(_filled({key: value, **own}, after, where, key), convert_dict=True)
+    return config
+
+
+def _kind(top: str, name: str, section: dict) -> Any:
+    """The options tuple of a section, or of entry `name` of the evaluations."""
+    if top == "evals":
+        return _choice(section, EVALS, f"evals.{name}", "kind")
+    return _choice(section, METHODS, "method", "name") if top == "method" else _options(top, section)
+
+
+def _retype(config: ConfigDict, path: list[str]) -> None:
+    """What may be a text or something else arrives as text from a command line: "('a.tar', 'b.tar')" is two of them, "5" a number."""
+    top, name = path[0], path[1] if path[0] == "evals" else ""
+    if len(path) != 2 + bool(name) or top not in config:
+        return
+    section = config[top][name] if name else config[top]
+    value, hint = section[path[-1]], typing.get_type_hints(_kind(top, name, section.to_dict())).get(path[-1])
+    if isinstance(value, str) and typing.get_origin(hint) in (types.UnionType, typing.Union):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            typed = _cast(ast.literal_eval(value), hint, ".".join(path))
+            with section.ignore_type():
+                section[path[-1]] = typed
 
 
 def run_file(path: str) -> dict[str, Any]:
@@ -156,6 +219,11 @@ def read(config: ConfigDict) -> Recipe:
     method = _typed(_choice(plain["method"], METHODS, "method", "name"), plain["method"], "method")
     evals = {k: _typed(_choice(v, EVALS, f"evals.{k}", "kind"), v, f"evals.{k}") for k, v in plain["evals"].items()}
     recipe = Recipe(seed=_cast(plain["seed"], int, "seed"), method=method, evals=evals, **sections)
+    if recipe.seed < 0:
+        raise ConfigError(f"config.seed is {recipe.seed}; it must be at least 0")
+    for name, options in evals.items():
+        if options.every < 0:
+            raise ConfigError(f"config.evals.{name}.every is {options.every}; it must be a number of steps, or 0 for the last step alone")
     for name, check in CHECKS.items():
         try:
             check(getattr(recipe, name))
@@ -172,6 +240,10 @@ def read(config: ConfigDict) -> Recipe:
         raise ConfigError(f"config.train: set either steps or epochs above 0 (steps is {train.steps}, epochs is {train.epochs})")
     if getattr(recipe.method, "hierarchy", "given") != "given":  # the levels of the data, which they may lack, are then read by nothing
         recipe = recipe._replace(data=recipe.data._replace(levels=()))
+    try:
+        rehearse(recipe)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return recipe
 
 
@@ -241,8 +313,10 @@ def _cast(value: Any, hint: Any, where: str) -> Any:
             raise ConfigError(f"config.{where} is {value!r}; it must have {len(inner)} entries")
         return tuple(_cast(v, a, where) for v, a in zip(value, inner, strict=True))
     plain = origin or hint
-    if plain is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if plain in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not abs(value) <= (LARGEST if plain is int else sys.float_info.max):  # nan is in no order
+            raise ConfigError(f"config.{where} is {value}; it must be {'from -2^31 to 2^31 - 1' if plain is int else 'a finite number'}")
+        value = float(value) if plain is float else value
     if plain is tuple and isinstance(value, list):
         return tuple(value)
     if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):

@@ -31,11 +31,26 @@ class ShardingError(ValueError):
     """A leaf that no rule matches or that does not divide; names leaf, dimension and axis."""
 
 
+def check(options: MeshOptions) -> None:
+    """Raises ValueError for sizes that fit no number of devices."""
+    if any(s != -1 and s < 1 for s in options) or options.count(-1) > 1:
+        raise ValueError(f"config.mesh is {options._asdict()}; sizes must be positive, and at most one of them -1")
+
+
+def check_batch(batch_size: int, mesh: Mesh | AbstractMesh, accumulate: int = 1) -> None:
+    """Raises ValueError where a batch does not divide over the devices, or a microbatch does not."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (devices * accumulate):
+        cuts = f" and cut in {accumulate} microbatches" if accumulate > 1 else ""
+        raise ValueError(
+            f"config.train.batch_size is {batch_size}; to be split over data*fsdp = {devices}{cuts} it must be a multiple of {devices * accumulate}"
+        )
+
+
 def sizes(options: MeshOptions, devices: int) -> tuple[int, ...]:
     """The sizes of the three axes over so many devices. Raises ValueError where they do not multiply to that number."""
+    check(options)
     found = list(options)
-    if any(s != -1 and s < 1 for s in found) or found.count(-1) > 1:
-        raise ValueError(f"config.mesh is {options._asdict()}; sizes must be positive, and at most one of them -1")
     fixed = int(np.prod([s for s in found if s != -1]))
     if -1 in found:
         found[found.index(-1)] = devices // fixed
@@ -95,9 +110,7 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
 
 def process_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     """The rows [lo, hi) of a global batch that this process feeds. Raises ValueError where the batch does not divide."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % parts:
-        raise ValueError(f"config.train.batch_size is {batch_size}; it must be a multiple of data*fsdp = {parts}")
+    check_batch(batch_size, mesh)
     index = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
     spans = {s[0].indices(batch_size)[:2] for s in index.values() if s}
     lo, hi = min(s[0] for s in spans), max(s[1] for s in spans)

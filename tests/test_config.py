@@ -25,10 +25,10 @@ def test_a_loaded_config_is_complete_and_survives_json(tmp_path):
 
 
 def test_overrides_reach_keys_the_file_does_not_name_and_keep_their_types():
-    overrides = ["optim.b1=0.8", "optim.learning_rate=1", "data.crop_scale=(0.5,1.0)", "text.rope_theta=5e5", "seed=3", "train.steps=7"]
+    overrides = ["optim.b1=0.8", "optim.learning_rate=1", "data.crop_scale=(0.5,1.0)", "text.rope_theta=5e5", "seed=3", "train.steps=90"]
     recipe = configs.read(configs.load(QUICK, overrides))
     assert (recipe.optim.b1, recipe.optim.learning_rate, recipe.data.crop_scale) == (0.8, 1.0, (0.5, 1.0))
-    assert (recipe.text.rope_theta, recipe.seed, recipe.train.steps) == (5e5, 3, 7)
+    assert (recipe.text.rope_theta, recipe.seed, recipe.train.steps) == (5e5, 3, 90)
     assert isinstance(recipe.optim.learning_rate, float)
 
 

@@ -12,6 +12,7 @@ from jaxvl import assembly, config as configs, manifest, train, words
 from jaxvl.data import lexicon
 from jaxvl.mesh import make_mesh
 from jaxvl.methods.method import Run
+from jaxvl.parts import assemble
 from jaxvl.tiny import shrink
 
 # Recipes that differ from another one in data, numbers and terms left out alone, so that shrunk they run the code of that one.
@@ -43,7 +44,7 @@ def test_full_size_in_shapes(file):
     mesh = make_mesh(configs.read(config).mesh)
     with jax.set_mesh(mesh):
         recipe = configs.read(config)
-        parts = assembly.assemble(
+        parts = assemble(
             recipe, None if recipe.data.captions == "none" else tokenizer, Run(classes=getattr(recipe.method, "classes", 0) or 452)
         )
         plan = assembly.program(parts, mesh, steps=10_000)

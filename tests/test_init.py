@@ -15,6 +15,7 @@ from jaxvl.data import lexicon
 from jaxvl.data.text import TokenizerOptions, train_tokenizer
 from jaxvl.interop import export, importing, initial, load
 from jaxvl.interop.positions import resize_table
+from jaxvl.parts import assemble
 from jaxvl.state import create
 
 HF = Path(__file__).parent / "fixtures" / "parity" / "hf"
@@ -47,7 +48,7 @@ def config(imported, **sections):
 
 
 def planned(imported, tokenizer, **sections):
-    parts = assembly.assemble(configs.read(config(imported, **sections)), tokenizer)
+    parts = assemble(configs.read(config(imported, **sections)), tokenizer)
     shapes, _ = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
     return shapes, initial.plan(parts.recipe, shapes, tokenizer.offset)
 
@@ -74,7 +75,7 @@ def test_a_row_is_put_in_front_for_the_padding_that_a_tokenizer_adds(imported, t
     model = importing.read(imported / "bert").model
     rows = model.text.vocab_size
     small = SimpleNamespace(vocab_size=rows + 1, context_length=8, eos=2, mask=3, lexicon=None, prompt=None)
-    parts = assembly.assemble(configs.read(config(imported, init=dict(skip=""))), small)
+    parts = assemble(configs.read(config(imported, init=dict(skip=""))), small)
     shapes, _ = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
     leaf = initial.plan(parts.recipe, shapes, 1)["text/embed"]
     table = np.random.default_rng(0).standard_normal((rows, 3))
@@ -138,7 +139,7 @@ def test_codebooks_start_as_rows_of_the_decoders_output(imported, tmp_path):
         "method": {"name": "lexvla", "adapter_heads": 2},
         "text": sections["text"],
     }
-    parts = assembly.assemble(configs.read(configs.complete(ConfigDict(plain))), small)
+    parts = assemble(configs.read(configs.complete(ConfigDict(plain))), small)
     shapes, _ = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
     leaves = initial.plan(parts.recipe, shapes, 1)
     kernel = load.load(HF / "llama_gqa" / "model.safetensors").params["lm_head"]["kernel"]

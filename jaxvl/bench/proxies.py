@@ -23,13 +23,14 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jax.stages import Compiled
 
 from jaxvl import config as configs
-from jaxvl.assembly import assemble, program
+from jaxvl.assembly import program
 from jaxvl.bench.step import random_batch, spread
 from jaxvl.losses.classes import PER_DEVICE
 from jaxvl.losses.proxy import proxy_anchor
 from jaxvl.mesh import BATCH, MeshOptions, make_mesh, place, shardings
 from jaxvl.methods.method import Run
 from jaxvl.optim import OptimOptions, make_optimizer
+from jaxvl.parts import assemble
 from jaxvl.state import STATE_RULES
 from jaxvl.terminal import tell
 

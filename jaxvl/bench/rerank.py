@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxvl import config as configs
-from jaxvl.assembly import assemble
 from jaxvl.bench.sizes import tokenizer
 from jaxvl.evals.rerank import RerankOptions, pair_costs
+from jaxvl.parts import assemble
 from jaxvl.terminal import tell
 
 PAIRS = 4  # in the programs that XLA counts

@@ -20,12 +20,13 @@ import numpy as np
 from jax.stages import Compiled
 
 from jaxvl import config as configs
-from jaxvl.assembly import Parts, assemble, program
+from jaxvl.assembly import program
 from jaxvl.bench import terms
 from jaxvl.bench.sizes import SMALL, tokenizer
 from jaxvl.config import Recipe
 from jaxvl.mesh import make_mesh, place
 from jaxvl.methods import METHODS
+from jaxvl.parts import Parts, assemble
 from jaxvl.report.clock import peak_flops
 from jaxvl.terminal import tell
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxvl import config as configs
-from jaxvl.assembly import assemble
 from jaxvl.bench.sizes import SMALL, tokenizer
 from jaxvl.mesh import BATCH, make_mesh
 from jaxvl.methods.method import Term, unit
+from jaxvl.parts import assemble
 from jaxvl.terminal import tell
 
 

@@ -5,12 +5,15 @@ import itertools
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qsl
 
 from jaxvl.data.cache import Cache, digest, filesystem, is_remote, locked
 from jaxvl.data.source import Place, Source
 from jaxvl.data.tarsource import tar_source
+
+MOST = 1_000_000  # shards that one pattern may name
 
 
 def expand(pattern: str, cache: Cache) -> tuple[str, ...]:
@@ -22,36 +25,44 @@ def expand(pattern: str, cache: Cache) -> tuple[str, ...]:
     """
     if pattern.startswith("glyphs://"):
         return _glyphs(pattern, cache)
-    shards = list(itertools.chain.from_iterable(_matches(p.removeprefix("file://")) for p in braces(pattern)))
+    words = list(itertools.islice(braces(pattern), MOST + 1))
+    if len(words) > MOST:
+        raise ValueError(f"data.source {pattern!r} names over {MOST:,} shards; is a digit of its range one too many?")
+    shards = list(itertools.chain.from_iterable(_matches(p.removeprefix("file://")) for p in words))
     twice = sorted({s for s in shards if shards.count(s) > 1}) if len(set(shards)) < len(shards) else ()
     if twice:
         raise ValueError(f"data.source {pattern!r} names {twice[0]} more than once")
     return tuple(shards)
 
 
-def braces(pattern: str) -> list[str]:
+def braces(pattern: str) -> Iterator[str]:
     """`pattern` with every {a,b} and {first..last} written out; the width of `first` is kept ("{000..127}")."""
     start, _, rest = pattern.partition("{")
     if start == pattern:
-        return [pattern]
+        yield pattern
+        return
     words, depth = [""], 0
     for at, letter in enumerate(rest):
         if letter == "}" and depth == 0:
             choices = words if len(words) > 1 else _range(words[0], pattern)
-            return [start + word + tail for choice in choices for word in braces(choice) for tail in braces(rest[at + 1 :])]
+            for choice in choices:
+                for word in braces(choice):
+                    for tail in braces(rest[at + 1 :]):
+                        yield start + word + tail
+            return
         depth += (letter == "{") - (letter == "}")
         words = [*words, ""] if letter == "," and depth == 0 else [*words[:-1], words[-1] + letter]
     raise ValueError(f"data.source {pattern!r}: a brace is not closed")
 
 
-def _range(text: str, pattern: str) -> list[str]:
+def _range(text: str, pattern: str) -> Iterator[str]:
     span = re.fullmatch(r"(\d+)\.\.(\d+)", text)
     if not span:
         raise ValueError(f"data.source {pattern!r}: {{{text}}} is neither a range {{0000..0127}} nor a list {{a,b}}")
     first, last = int(span[1]), int(span[2])
     if last < first:
         raise ValueError(f"data.source {pattern!r}: the range {{{text}}} ends before it begins")
-    return [str(i).zfill(len(span[1])) for i in range(first, last + 1)]
+    return (str(i).zfill(len(span[1])) for i in range(first, last + 1))
 
 
 def _matches(pattern: str) -> list[str]:

@@ -199,6 +199,13 @@ def check(options: TokenizerOptions) -> None:
     for name in ("context_length", "captions"):
         if getattr(options, name) < 1:
             raise ValueError(f"tokenizer.{name} is {getattr(options, name)}; it takes a positive number")
+    if not options.name:
+        raise ValueError("tokenizer.name is ''; it must be bpe, words, or a folder or hub name of a tokenizer")
+    least = 1 + (options.name == "bpe") + options.end
+    if options.name in TRAINED and options.context_length < least:
+        raise ValueError(
+            f"tokenizer.context_length is {options.context_length}; it must be at least {least}, for a token and what stands around it"
+        )
     if options.caption_length < 0:
         raise ValueError(f"tokenizer.caption_length is {options.caption_length}; it must be positive, or 0 for as many as fit")
     lexicons.check(options.lexicon, options.prompt, options.lexicon_min_count)

@@ -32,10 +32,16 @@ class Tower(NamedTuple):
 def sized(options: Any, variant: str, section: str) -> Any:
     """Options with the sizes that are 0 taken from SIZES[variant].
 
-    An empty variant leaves the options alone. Raises ValueError for a variant that does not exist.
+    An empty variant leaves the options alone. Raises ValueError for a variant that does not exist, or of which nothing is left.
     """
     if not variant:
         return options
     if variant not in SIZES:
         raise ValueError(f"{section}.variant={options.variant!r}: size {variant!r} is none of {', '.join(SIZES)}")
+    given = {key: getattr(options, key) for key in SIZES[variant]}
+    if all(given.values()) and given != SIZES[variant]:
+        sizes = ", ".join(f"{key} {value}" for key, value in given.items())
+        raise ValueError(
+            f"config.{section}.variant is {options.variant!r}, and every size is given as another one ({sizes}): leave out one or the other; no variant is ''"
+        )
     return options._replace(**{key: value for key, value in SIZES[variant].items() if not getattr(options, key)})

@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxvl import assembly, config as configs
+from jaxvl.mesh import check_batch
 from jaxvl.plan import model, outside, shapes
 from jaxvl.plan.chips import NETWORK, Chip, Topology
 from jaxvl.plan.hlo import Collective
@@ -84,7 +85,7 @@ def make(config: ConfigDict, name: str, topology: Topology, *, compiles: int, li
         raise ValueError(f"--compiles is {compiles}; it must be at least 1")
     recipe = configs.read(config)
     plan, mesh = shapes.planned(recipe), shapes.abstract(recipe.mesh, topology.devices)
-    shapes.check_batch(recipe.train.batch_size, mesh, recipe.train.accumulate)
+    check_batch(recipe.train.batch_size, mesh, recipe.train.accumulate)
     program = assembly.program(plan.parts, mesh, plan.steps)
     estimate = estimate or topology.chip.node > 0
     ask = _modelled(plan, mesh) if estimate else _compiled(config, topology, limit)

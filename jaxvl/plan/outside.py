@@ -102,7 +102,7 @@ def main(config: str, name: str, result: str) -> None:
     import jax
 
     from jaxvl import assembly, config as configs
-    from jaxvl.mesh import make_mesh
+    from jaxvl.mesh import check_batch, make_mesh
     from jaxvl.plan import hlo, shapes
 
     topology = chips.topology(name)
@@ -119,7 +119,7 @@ def main(config: str, name: str, result: str) -> None:
         mesh = make_mesh(recipe.mesh, devices)
         with jax.set_mesh(mesh):
             plan = shapes.planned(recipe)
-            shapes.check_batch(recipe.train.batch_size, mesh, recipe.train.accumulate)
+            check_batch(recipe.train.batch_size, mesh, recipe.train.accumulate)
             program = assembly.program(plan.parts, mesh, plan.steps)
             started = time.perf_counter()
             lowered = jax.jit(program.step, donate_argnums=0, out_shardings=program.out_shardings).lower(program.state, program.batch)

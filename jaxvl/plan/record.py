@@ -8,7 +8,8 @@ import jax
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
-from jaxvl.assembly import Parts, Program
+from jaxvl.assembly import Program
+from jaxvl.parts import Parts
 from jaxvl.plan import chips, fit, hlo, shapes, tell
 from jaxvl.plan.shapes import Planned
 

@@ -9,13 +9,15 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxvl import assembly, config as configs
-from jaxvl.assembly import Parts, Program
-from jaxvl.bench.sizes import Sizes, tokenizer as sizes_of_tokenizer
+from jaxvl.assembly import Program
+from jaxvl.bench.sizes import tokenizer as sizes_of_tokenizer
 from jaxvl.data.text import TRAINED, load_tokenizer
-from jaxvl.mesh import AXES, MeshOptions, ShardingError, shardings, sizes
+from jaxvl.mesh import AXES, MeshOptions, ShardingError, check_batch, shardings, sizes
 from jaxvl.methods.method import Run
 from jaxvl.optim import frozen
+from jaxvl.parts import Parts, assemble
 from jaxvl.plan.hlo import Collective
+from jaxvl.rehearsal import STEPS, Sizes
 from jaxvl.state import STATE_RULES, TrainState
 
 GROUPS = {"params": "parameters", "ema": "averaged parameters", "opt_state": "optimiser", "memory": "memory"}
@@ -39,8 +41,8 @@ def planned(recipe: configs.Recipe) -> Planned:
         if recipe.tokenizer.prompt and isinstance(tokenizer, Sizes):
             notes.append(f"the tokenizer {recipe.tokenizer.name} is not here: its prompt counts a token a word")
     classes = getattr(recipe.method, "classes", 0)
-    steps = recipe.train.steps or 10_000 + 2 * recipe.optim.warmup_steps  # of epochs of unknown data; only the learning rate would differ
-    return Planned(assembly.assemble(recipe, tokenizer, Run(steps=steps, classes=classes)), steps, tuple(notes))
+    steps = recipe.train.steps or STEPS + 2 * recipe.optim.warmup_steps  # of epochs of unknown data; only the learning rate would differ
+    return Planned(assemble(recipe, tokenizer, Run(steps=steps, classes=classes)), steps, tuple(notes))
 
 
 def with_batch(plan: Planned, batch_size: int) -> Planned:
@@ -56,16 +58,6 @@ def with_batch(plan: Planned, batch_size: int) -> Planned:
 def abstract(options: MeshOptions, devices: int) -> AbstractMesh:
     """The mesh of a run on devices that nobody has. Raises ValueError where the sizes do not multiply to their number."""
     return AbstractMesh(sizes(options, devices), AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def check_batch(batch_size: int, mesh: Mesh | AbstractMesh, accumulate: int) -> None:
-    """Raises ValueError where a batch does not divide over the devices, or a microbatch does not."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % (devices * accumulate):
-        cuts = f" and cut in {accumulate} microbatches" if accumulate > 1 else ""
-        raise ValueError(
-            f"config.train.batch_size is {batch_size}; to be split over data*fsdp = {devices}{cuts} it must be a multiple of {devices * accumulate}"
-        )
 
 
 def bytes_of(leaves: Iterable[Any]) -> int:

@@ -16,6 +16,7 @@ from jaxvl.evals.embed import Model
 from jaxvl.interop import tensors
 from jaxvl.mesh import make_mesh, shardings
 from jaxvl.methods.method import for_faces
+from jaxvl.parts import Parts
 
 SEEN = ("method", "image", "text", "lora", "tokenizer", "augment")  # sections on which an embedding depends, besides two keys of data
 
@@ -88,7 +89,7 @@ def _exported_recipe(content: dict[str, Any], overrides: Sequence[str]) -> confi
     return configs.read(configs.override(config, overrides))
 
 
-def _exported_params(parts: assembly.Parts, folder: Path, mesh: Mesh) -> Any:
+def _exported_params(parts: Parts, folder: Path, mesh: Mesh) -> Any:
     shapes = for_faces(parts.method, *jax.eval_shape(lambda: parts.method.init(jax.random.key(0), parts.spec)))
     where = flax.traverse_util.flatten_dict(shardings({"params": shapes}, parts.method.rules, mesh)["params"], sep="/")
     wanted, stored = flax.traverse_util.flatten_dict(shapes, sep="/"), tensors.find(folder)

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxvl import assembly, config as configs
+from jaxvl import config as configs
 from jaxvl.checkpoint import Restored
 from jaxvl.data.text import TokenizerOptions, train_tokenizer
 from jaxvl.interop import export, importing, initial, peft
 from jaxvl.models import lora
 from jaxvl.models.lora import LoraOptions
+from jaxvl.parts import assemble
 from jaxvl.state import create
 
 HF = Path(__file__).parent.parent / "fixtures" / "parity" / "hf"
@@ -52,7 +53,7 @@ def assembled(imported, tokenizer, **sections):
         lora=dict(rank=4, alpha=2.0, targets="attn/[qv]/kernel$", base_dtype="float32"), optim=dict(ema_decay=0.9),
     )  # fmt: skip
     plain = {**base, **{k: {**base.get(k, {}), **v} for k, v in sections.items()}}
-    parts = assembly.assemble(configs.read(configs.complete(ConfigDict(plain))), tokenizer)
+    parts = assemble(configs.read(configs.complete(ConfigDict(plain))), tokenizer)
     return parts, jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))[0]
 
 

@@ -9,6 +9,7 @@ import pytest
 from jaxvl.interop import albef, load, tensors
 from jaxvl.interop.load import Mismatch
 from jaxvl.interop.tensors import FileError
+from jaxvl.parts import assemble
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "parity" / "tcl"
 
@@ -105,7 +106,7 @@ def test_a_run_is_exported_under_the_published_names(tmp_path, retrieval):
     """What is imported and saved as a run's state comes out of `export` with the bytes it had; a retrieval run has no word head."""
     from types import SimpleNamespace
 
-    from jaxvl import assembly, config as configs
+    from jaxvl import config as configs
     from jaxvl.data.text import TokenizerOptions, train_tokenizer
     from jaxvl.interop import export
 
@@ -125,7 +126,7 @@ def test_a_run_is_exported_under_the_published_names(tmp_path, retrieval):
     )  # fmt: skip
     tokenizer = train_tokenizer(["a"], TokenizerOptions(vocab_size=512, context_length=9))
     few = SimpleNamespace(vocab_size=97, context_length=9, eos=2, mask=3, save=tokenizer.save)
-    parts = assembly.assemble(configs.read(configs.complete(configs.ConfigDict(config))), few)
+    parts = assemble(configs.read(configs.complete(configs.ConfigDict(config))), few)
     shapes, kept = jax.eval_shape(lambda: parts.method.init(jax.random.key(0), parts.spec))
     assert jax.tree.structure(shapes) == jax.tree.structure(params) and set(kept) == {*memory, "step"}
     export.run(parts, SimpleNamespace(state=params, step=3), "albef", tmp_path / "out", {**memory, "step": np.int32(7)})

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxvl import assembly, config as configs
+from jaxvl import config as configs
 from jaxvl.checkpoint import Restored
 from jaxvl.data.text import TokenizerOptions, train_tokenizer
 from jaxvl.interop import export, hugging_face, tensors
 from jaxvl.models import lora
+from jaxvl.parts import assemble
 
 SIZES = dict(variant="", width=16, depth=2, heads=2, mlp_dim=32, dtype="float32")
 CLIP = dict(image=dict(patch=8, pre_norm=True, act="quick_gelu"), text=dict(act="quick_gelu"))
@@ -40,7 +41,7 @@ def made(tokenizer, image, text, method=None, **sections):
     """The parts and parameters of a run, every parameter random, none as it starts."""
     plain = dict(method=method or dict(name="clip", width=8), image={**SIZES, **image}, text={**SIZES, **text}, train=dict(batch_size=8, steps=2),
                  data=dict(source="glyphs://train?size=8", image_size=32), tokenizer=dict(context_length=8), **sections)  # fmt: skip
-    parts = assembly.assemble(configs.read(configs.complete(ConfigDict(plain))), tokenizer)
+    parts = assemble(configs.read(configs.complete(ConfigDict(plain))), tokenizer)
     shapes, _ = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
     rng = np.random.default_rng(1)
     return parts, Restored(7, jax.tree.map(lambda p: np.asarray(0.3 * rng.standard_normal(p.shape), p.dtype), shapes), {})

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxvl import assembly, config as configs
+from jaxvl import config as configs
 from jaxvl.data.text import TokenizerOptions, train_tokenizer
 from jaxvl.interop import importing, initial
 from jaxvl.interop.positions import resize_table
+from jaxvl.parts import assemble
 from jaxvl.state import create
 from tests.interop.test_albef import state, write
 
@@ -40,7 +41,7 @@ def planned(folder, tokenizer, **sections):
         tokenizer=dict(context_length=8, vocab_size=512), data=dict(source="x", image_size=48, id="sample"), train=dict(batch_size=8, steps=2),
     )  # fmt: skip
     recipe = configs.read(configs.complete(ConfigDict({**base, **{k: {**base.get(k, {}), **v} for k, v in sections.items()}})))
-    parts = assembly.assemble(recipe, tokenizer)
+    parts = assemble(recipe, tokenizer)
     params, memory = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
     return (params, memory), initial.plan(parts.recipe, params, tokenizer.offset, memory)
 
@@ -114,7 +115,7 @@ def test_a_bert_is_parted_between_text_and_fusion_layers(tokenizer, tmp_path):
         data=dict(source="x", image_size=16), train=dict(batch_size=8, steps=2),
     )  # fmt: skip
     recipe = configs.read(configs.complete(ConfigDict({**recipe, **{k: {**recipe.get(k, {}), **v} for k, v in sections.items()}})))
-    parts = assembly.assemble(recipe, tokenizer)
+    parts = assemble(recipe, tokenizer)
     shapes = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
     after = filled(shapes, initial.plan(parts.recipe, shapes[0], tokenizer.offset, shapes[1]))
     from jaxvl.interop import load
@@ -131,6 +132,6 @@ def test_a_bert_is_parted_between_text_and_fusion_layers(tokenizer, tmp_path):
             after.params["mlm"]["transform"]["bias"], load.load(HF / "bert" / "model.safetensors").params["mlm"]["transform"]["bias"]
         )
     with pytest.raises(ValueError, match=r"config\.text\.depth is 2; .* was trained with 3"):
-        parts = assembly.assemble(recipe._replace(text=recipe.text._replace(depth=2)), tokenizer)
+        parts = assemble(recipe._replace(text=recipe.text._replace(depth=2)), tokenizer)
         shapes = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
         initial.plan(parts.recipe, shapes[0], tokenizer.offset, shapes[1])
