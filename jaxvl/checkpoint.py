@@ -81,7 +81,7 @@ def check(options: CheckpointOptions) -> None:
 
 
 def open_saver(folder: Path, options: CheckpointOptions) -> "Saver":
-    """Lock `folder` for this run, remove what killed runs have left half done, and return its Saver.
+    """Lock `folder` for this run and return its Saver.
 
     Called by every process. Raises LockedError where another run writes to the folder, ValueError for options that cannot be meant.
     """
@@ -95,7 +95,6 @@ def open_saver(folder: Path, options: CheckpointOptions) -> "Saver":
         try:
             folder.mkdir(parents=True, exist_ok=True)
             held = manifest.lock(folder)
-            manifest.clean(folder)
             _was_here(folder)
         except Exception as reason:
             error = reason
@@ -164,8 +163,13 @@ class Saver:
             self.wait()
 
     def restore(self, abstract: Any, step: int | None = None) -> Restored | None:
-        """`restore` from this run's folder; the steps after the restored one are set aside at the next save."""
+        """`restore` from this run's folder; what killed runs have left half done is removed.
+
+        The steps after the restored one are set aside at the next save.
+        """
         found = restore(self.folder, abstract, step)
+        if jax.process_index() == 0:
+            manifest.clean(self.folder)
         if found:
             self._last = found.step
         return found

@@ -28,6 +28,8 @@ def of_run(recipe: Any, workdir: Path, dataset: Dataset | None) -> Run:
         max(size // options.batch_size, 1),
         recipe.optim.warmup_steps,
     )
+    if facts.steps >= 2**31:
+        raise ValueError(f"config.train.epochs is {options.epochs:g}, which are {facts.steps:,} steps; steps are counted in 32 bits")
     if dataset.table is None:
         return facts
     names, parents = list(dataset.table.names), [list(a) for a in dataset.table.parents]

@@ -14,12 +14,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxvl import assembly, checkpoint, config as configs, evals, hosts, report, seal
+from jaxvl import assembly, checkpoint, compiled, config as configs, evals, hosts, report, seal
 from jaxvl.data import lexicon
 from jaxvl.data.dataset import Dataset, open_data
 from jaxvl.data.stream import train_batches
 from jaxvl.interop import initial
-from jaxvl.mesh import make_mesh, place, process_rows
+from jaxvl.mesh import check_batch, make_mesh, place, process_rows
 from jaxvl.methods.method import for_faces
 from jaxvl.plan import record
 from jaxvl.progress import say
@@ -27,6 +27,7 @@ from jaxvl.report.metrics import write_atomic
 from jaxvl.rollback import Skipped, go_back
 from jaxvl.state import samples_seen
 from jaxvl.stopping import end_with_parent, stopping
+from jaxvl.workdir import open_workdir
 
 # What may differ between two starts of one run; a change of anything else is pointed out.
 MAY_CHANGE = ("mesh.", "checkpoint.", "log.", "evals.", "train.steps", "train.epochs", "data.workers", "data.threads")
@@ -42,20 +43,17 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
     end_with_parent()
     hosts.join()
     mesh = make_mesh(recipe.mesh)
-    # The saver locks the workdir, so it comes before anything is written there.
+    check_batch(recipe.train.batch_size, mesh, recipe.train.accumulate)
     with (
         jax.set_mesh(mesh),
-        checkpoint.open_saver(workdir / "checkpoints", recipe.checkpoint) as saver,
+        open_workdir(workdir, recipe.checkpoint) as (saver, accept),
         report.open_log(recipe.log, workdir, jax.process_index(), age) as log,
     ):
-        _keep_config(config, workdir)
-        log.describe(
-            config=config.to_json_best_effort(indent=2),
-            mesh=", ".join(f"{k} {v}" for k, v in mesh.shape.items()),
-            devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        )
         dataset = open_data(recipe.data)
         _same_everywhere(dataset)
+        if dataset.epoch < recipe.train.batch_size:
+            say(f"note: config.train.batch_size is {recipe.train.batch_size:,} and the data have {dataset.epoch:,} samples: a batch has "
+                f"samples more than once, which a contrastive loss takes for negatives of themselves")  # fmt: skip
         evals.check(recipe.evals, recipe.data)
         parts = assembly.build(recipe, workdir, dataset)
         batch_size = recipe.train.batch_size
@@ -68,27 +66,36 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
             if fresh
             else {}
         )
+        restored = saver.restore(plan.state)
+        if restored:
+            lexicon.same(parts.tokenizer, restored.meta, workdir)
+        rows = process_rows(mesh, batch_size)
+        compiled.keep(workdir)
         with log.pause("compile"):
             train_step = jax.jit(plan.step, donate_argnums=0, out_shardings=plan.out_shardings).lower(plan.state, plan.batch).compile()
-            record.save(workdir, parts, plan, train_step, mesh, steps)
 
         with stopping() as told, ExitStack() as stack:
-            restored = saver.restore(plan.state)
             state = (
                 restored.state
                 if restored
                 else initial.fill(start, jax.jit(plan.init, out_shardings=plan.out_shardings[0])(jax.random.key(recipe.seed)))
             )
             step = restored.step if restored else 0
+            # From here on the run is what its config says; before, a start that is refused has changed nothing.
+            accept()
+            _keep_config(config, workdir)
+            record.save(workdir, parts, plan, train_step, mesh, steps)
+            log.describe(
+                config=config.to_json_best_effort(indent=2),
+                mesh=", ".join(f"{k} {v}" for k, v in mesh.shape.items()),
+                devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            )
             say(
                 f"{'continuing at' if restored else 'starting at'} step {step} of {steps}, {sum(p.size for p in jax.tree.leaves(state.params)):,} parameters"
             )
             log.start(step=step, steps=steps, batch_size=batch_size, samples_per_epoch=dataset.epoch,
                       flops_per_sample=3 * parts.method.flops(parts.spec), chips=jax.device_count(), device_kind=jax.devices()[0].device_kind, processes=jax.process_count(), board=hosts.board())  # fmt: skip
             log.bad(dataset.bad)
-            if restored:
-                lexicon.same(parts.tokenizer, restored.meta, workdir)
-            rows = process_rows(mesh, batch_size)
             batches = stack.enter_context(closing(train_batches(
                 dataset, parts.tokenizer, seed=recipe.seed, start=samples_seen(state.position), batch_size=batch_size, rows=rows,
                 views=recipe.augment.views, sides=recipe.augment.hflip == "unsided",
@@ -155,6 +162,7 @@ def evaluate(workdir: Path, overrides: list[str], *, step: int | None = None, em
     recipe = assembly.read_recipe(workdir, overrides)
     hosts.join()
     mesh = make_mesh(recipe.mesh)
+    compiled.keep(workdir)
     with jax.set_mesh(mesh):
         parts = assembly.build(recipe, workdir, None)
         found = assembly.read_params(parts, workdir, mesh, step=step, ema=ema)

@@ -16,6 +16,73 @@ from jaxvl.config import ConfigError
 QUICK = str(Path(__file__).parent.parent / "configs" / "clip_quickstart.py")
 
 
+@pytest.mark.parametrize("override, words", [
+    ("optim.learning_rate=nan", "config.optim.learning_rate is nan; it must be a finite number"),
+    ("data.cache_gb=inf", "config.data.cache_gb is inf; it must be a finite number"),
+    ("augment.mean=(0.5,nan,0.5)", "augment.mean"),
+    ("train.steps=3000000000", "config.train.steps is 3000000000; it must be from"),
+    ("train.batch_size=99999999999999", "config.train.batch_size"),
+    ("seed=99999999999999999999999", "config.seed"),
+    ("seed=-1", "config.seed is -1; it must be at least 0"),
+    ("mesh.data=0", "config.mesh"),
+    ("mesh.fsdp=-2", "config.mesh"),
+    ("evals.val.every=-1", "config.evals.val.every is -1"),
+    ("tokenizer.name=", "config.tokenizer.name is ''"),
+    ("tokenizer.context_length=2", "config.tokenizer.context_length is 2; it must be at least 3"),
+    ("image.variant=L/14", "config.image.variant is 'L/14', and every size is given as another one"),
+    ("image.heads=7", "image.heads=7 does not divide image.width=96"),
+    ("text.depth=0", "depth=0"),
+    ("method.temperature=-1", "config.method"),
+    ("optim.warmup_steps=-5", "config.optim.warmup_steps is -5"),
+    ("optim.groups=(('^nothing',0.0),)", "config.optim.groups: '^nothing' matches no parameter"),
+    ("optim.unlock=(('^image/',9),)", "config.optim.unlock of '^image/' is 9"),
+    ("lora.rank=-1", "config.lora.rank is -1"),
+    ("evals.val.kind=composed", "needs a method with compose; clip has none"),
+    ("method.name=codis", "fusion models read the class token"),
+])  # fmt: skip
+def test_values_that_cannot_be_are_refused_when_the_config_is_read(override, words):
+    """Before data are opened, tokenizers trained or a workdir made: method, towers, optimiser and adapters are tried out on shapes."""
+    with pytest.raises(ConfigError) as error:
+        configs.read(configs.load(QUICK, [override]))
+    assert words in str(error.value)
+
+
+def test_reading_a_config_starts_no_backend():
+    """A run of several processes must not have started one before they have met, nor may the parent of a sweep take the GPUs."""
+    code = """
+import sys
+from jax._src import xla_bridge
+from jaxvl import config
+for file in sys.argv[1:]:
+    config.read(config.load(file))
+assert not xla_bridge.backends_are_initialized()
+"""
+    files = [
+        str(Path(QUICK).with_name(f"{name}.py")) for name in ("clip_vitb16_cc12m", "lexvla_cc12m", "tcl_small", "hpl_small", "jvsm_small")
+    ]
+    subprocess.run([sys.executable, "-c", code, *files], check=True)
+
+
+def test_another_kind_is_chosen_by_override():
+    """What was at its default takes the new kind's; what the config sets and the new kind does not read is an error that names it."""
+    recipe = configs.read(configs.load(QUICK, ["method.name=siglip", "method.bias=-9.5"]))
+    assert type(recipe.method).__name__ == "SiglipOptions" and recipe.method.bias == -9.5 and recipe.method.width == 96
+    with pytest.raises(ConfigError, match=r"sets config.image.act to 'quick_gelu', .* which resnet does not read"):
+        configs.load(QUICK, ["image.kind=resnet"])
+    recipe = configs.read(configs.load(QUICK, ["evals.val.kind=metric_learning", "evals.val.label=class"]))
+    assert recipe.evals["val"].label == "class"
+
+
+@pytest.mark.parametrize("override, field, value", [
+    ("data.source=('a.tar','b.tar')", "source", ("a.tar", "b.tar")),
+    ("data.source=x{a,b}.tar", "source", "x{a,b}.tar"),
+    ("data.source=7", "source", "7"),
+    ("data.triplets=", "triplets", ""),
+])  # fmt: skip
+def test_what_may_be_one_or_many_is_either_on_the_command_line(override, field, value):
+    assert getattr(configs.read(configs.load(QUICK, [override])).data, field) == value
+
+
 def test_a_loaded_config_is_complete_and_survives_json(tmp_path):
     config = configs.load(QUICK)
     assert config.optim.b2 == 0.98 and config.mesh.fsdp == 1 and config.evals.val.ks == (1, 5, 10)

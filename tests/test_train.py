@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 from running import metrics
 
-from jaxvl import config as configs, train
+from jaxvl import compiled, config as configs, train
 from jaxvl.tiny import shrink
 
 QUICK = str(Path(__file__).parent.parent / "configs" / "clip_quickstart.py")
@@ -61,3 +61,73 @@ def test_values_are_checked_when_the_config_is_read(change, words):
     with pytest.raises(configs.ConfigError) as error:
         configs.read(ConfigDict(plain))
     assert words in str(error.value)
+
+
+def _tree(folder):
+    """Every file of a folder with its bytes, but for the lock, which names its holder, and the cache of programs."""
+    return {
+        p.relative_to(folder): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != "LOCK" and ".compiled" not in p.parts
+    }
+
+
+REFUSED = (
+    ["evals.val.source=nowhere-*.tar"],  # known once the data are opened
+    ["text.vocab_size=300"],  # once the tokenizer is there
+    ["image.heads=5"],  # at once
+    ["init.image=nowhere"],
+    ["data.max_bad_rate=-1.0"],
+    ["train.batch_size=17"],
+)
+
+
+@pytest.mark.parametrize("overrides", REFUSED, ids=str)
+def test_a_first_start_that_is_refused_leaves_nothing(overrides, tmp_path):
+    config = shrink(configs.load(QUICK))
+    with pytest.raises((ValueError, OSError)):
+        train.train(configs.override(config, overrides), tmp_path / "a" / "run")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("kept")
+    with pytest.raises((ValueError, OSError)):
+        train.train(configs.override(config, overrides), tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_refused_start_changes_nothing_of_a_run(tmp_path):
+    """Also one that only the checkpoint refuses; the run then goes on as if nothing had been tried."""
+    config, run = shrink(configs.load(QUICK)), tmp_path / "run"
+    assert train.train(config, run) == 0
+    with open(run / "report" / "bad-0.jsonl", "a") as file:
+        file.write('{"shard": "torn')
+    before = _tree(run)
+    for overrides in (
+        *REFUSED[:3],
+        ["text.depth=1", "train.steps=4"],
+        ["data.label=class", "data.classes=all", "evals.val.source=nowhere.tar"],
+    ):
+        with pytest.raises((ValueError, OSError)):
+            train.train(configs.override(shrink(configs.load(QUICK)), overrides), run)
+        assert _tree(run) == before, overrides
+    assert train.train(configs.override(config, ["train.steps=3"]), run) == 0
+    assert metrics(run)[-1]["step"] == 3
+
+
+def test_a_set_smaller_than_the_batch_is_told(tmp_path, capsys):
+    config = configs.override(shrink(configs.load(QUICK)), ["data.source=glyphs://train?size=12", "evals.val.source=nowhere.tar"])
+    with pytest.raises(ValueError, match="nowhere"):
+        train.train(config, tmp_path / "run")
+    assert "batch_size is 16 and the data have 12 samples" in capsys.readouterr().err
+
+
+def test_programs_are_kept_with_the_run(tmp_path):
+    """Where JAX was told of no other place."""
+    told = jax.config.jax_compilation_cache_dir
+    try:
+        for place, kept in ((None, str(tmp_path / ".compiled")), ("elsewhere", "elsewhere")):
+            jax.config.update("jax_compilation_cache_dir", place)
+            compiled.keep(tmp_path)
+            assert jax.config.jax_compilation_cache_dir == kept
+    finally:
+        jax.config.update("jax_compilation_cache_dir", told)

@@ -72,6 +72,8 @@ class RunLog:
     """See the module; made by `open_log`. All methods are for the thread that runs the loop."""
 
     def __init__(self, options: LogOptions, workdir: Path, process: int, age: float) -> None:
+        if options.wandb and not process:
+            metrics.need_wandb(options.wandb)
         self._options, self._workdir = options, workdir
         self._folder = workdir / "report"
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -91,8 +93,7 @@ class RunLog:
         self._thread: threading.Thread | None = None
         self._facts: dict[str, str] = {}
         self._bad_path = self._folder / f"bad-{process}.jsonl"
-        metrics.mend(self._bad_path, shard=str, key=str, reason=str)
-        self._bad = {(row["shard"], row["key"], row["reason"]) for _, row in metrics.read_lines(self._bad_path)}
+        self._bad: set[tuple[str, str, str]] = set()
         self._fed: metrics.Writer | None = None
         self._peers: Peers | None = None
         self._processes = 1
@@ -134,6 +135,8 @@ class RunLog:
         self._plan = Plan(steps, batch_size, samples_per_epoch, flops_per_sample, chips, peak or None)
         self._step = step
         self._processes = processes
+        metrics.mend(self._bad_path, shard=str, key=str, reason=str)
+        self._bad |= {(row["shard"], row["key"], row["reason"]) for _, row in metrics.read_lines(self._bad_path)}
         self._open(step)
         if board:
             self._peers = Peers(board, self._process, processes, self._clock.activity, lambda: self._step, lambda: self._clock.seconds)

@@ -5,6 +5,7 @@ one uninterrupted run however often it was killed. Floats are written so that re
 has no number for is written as the strings "nan", "inf" and "-inf".
 """
 
+import importlib.util
 import itertools
 import json
 import math
@@ -160,17 +161,19 @@ def tensorboard_writer(folder: Path, step: int) -> Writer:
     return Writer(write, board.flush, board.close)
 
 
+def need_wandb(project: str) -> None:
+    """Raises ValueError where the package is not installed."""
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"config.log.wandb is {project!r}, but wandb is not installed: pip install wandb, or set config.log.wandb=''")
+
+
 def wandb_writer(project: str, folder: Path, config: str) -> Writer:
     """Scalars for Weights & Biases; a resumed run continues the run whose id is kept in `folder`.
 
     Lines that a resumed run computes once more carry the values already there, so it does no harm that W&B drops them.
-    Raises ImportError where the extra is not installed.
     """
-    try:
-        import wandb
-    except ImportError:
-        message = f"config.log.wandb is {project!r}, but wandb is not installed"
-        raise ImportError(f"{message}: pip install 'jaxvl[wandb]', or set config.log.wandb=''") from None
+    import wandb
+
     kept = folder / "wandb_id"
     run = wandb.init(
         project=project,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jaxvl import compiled
 from jaxvl.progress import progress, say
 from jaxvl.sweep import folder as folders, local, page, plan, results, scheduler
 from jaxvl.sweep.folder import OVER, Record
@@ -28,7 +29,7 @@ def run(path: str, workdir: Path, overrides: list[str], *, workers: int = 1, tin
         raise SweepError(f"--workers is {workers}; it must be at least 1")
     base = plan.load(path, overrides, tiny=tiny)
     # Trials that differ in the seed alone are one program, which is then compiled once.
-    env = {"JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(workdir.resolve() / ".compiled"))}
+    env = {compiled.VARIABLE: os.environ.get(compiled.VARIABLE, str(workdir.resolve() / compiled.FOLDER))}
     launch = _launcher(workdir, command, workers, env, slurm)
     with _opened(base, workdir, retry) as (source, records, total):
         say(f"sweep {workdir}: {total} trials, {_count(records) or 'none begun'}; {workers} at a time")

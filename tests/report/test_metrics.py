@@ -100,8 +100,8 @@ def test_tensorboard_hides_what_a_resume_repeats(tmp_path):
 
 def test_wandb_goes_on_with_the_run_it_began(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r"jaxvl\[wandb\]"):
-        metrics.wandb_writer("project", tmp_path, "")
+    with pytest.raises(ValueError, match="pip install wandb"):
+        metrics.need_wandb("project")
 
     calls = []
     log = lambda values, step: calls.append((step, values))
