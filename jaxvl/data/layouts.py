@@ -116,7 +116,7 @@ def _lines(folder: Path, part: str, lists: dict[str, list[str]]) -> Iterator[tup
     if file is None:
         raise ValueError(f"{folder} has no {' or '.join(lists[part])}")
     for number, line in text_lines(file):
-        yield f"{file}:{number}", number, line
+        yield f"{file}:{number}", number, line.strip()
 
 
 LAYOUTS: dict[str, Callable[[Path, str], Iterator[Listed]]] = {

@@ -50,9 +50,9 @@ def lines(file: IO[bytes], name: object) -> Iterator[tuple[int, str]]:
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, text) of the lines of a file that are not blank, without white space at their ends."""
+    """(number from 1, text) of the lines of a file that are not blank, without their ends."""
     with open(path, "rb") as file:
-        yield from ((number, line.strip()) for number, line in lines(file, path) if line.strip())
+        yield from ((number, line.rstrip("\r\n")) for number, line in lines(file, path) if line.strip())
 
 
 def read_json(path: Path) -> Any:

@@ -8,6 +8,7 @@ import pytest
 from shards import options, picture
 
 from jaxvl import cli
+from jaxvl.data.composed_sets import make_set
 from jaxvl.data.dataset import open_data, read_samples
 from jaxvl.data.layouts import make_classes
 from jaxvl.data.lists import rows, text_lines
@@ -81,7 +82,7 @@ def test_encodings_and_line_ends(tmp_path, encoding, end):
         (f"{table}:4", {"image": "1.png", "text": 'a 5" pipe'}),
     ]
     (tmp_path / "x.txt").write_bytes((mark + end.join([" a", " ", f"{E}\u2028b"])).encode(encoding))
-    assert list(text_lines(tmp_path / "x.txt")) == [(1, "a"), (3, f"{E}\u2028b")]
+    assert list(text_lines(tmp_path / "x.txt")) == [(1, " a"), (3, f"{E}\u2028b")]
 
 
 def test_paths_are_matched_as_paths_and_the_others_told(folder, tmp_path, capsys):
@@ -169,3 +170,22 @@ def test_lists_of_layouts(folder, tmp_path):
     with pytest.raises(ValueError, match="Ebay_train.txt:2 is not UTF-8"):
         make_classes("sop", folder, tmp_path / "no", "train", 3)
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "file", "content", "told"),
+    [
+        ("fashion200k", "labels/a_train_detect_all.txt", b"a.jpg\t0.9\t\nb.jpg\t0.9\n", ":2: .* is not an image, a score and a caption"),
+        ("fashion200k", "labels/a_train_detect_all.txt", "a.jpg\t1\tcaf\u00e9".encode("latin-1"), ":1 is not UTF-8"),
+        ("fashioniq", "image_splits/split.dress.train.json", b'["a",\n"b', ":2 is no JSON"),
+        ("utzap50k", "ut-zap50k-data/meta-data.csv", b'CID,Category\n1-2,"Boots\n', ":2 is no row"),
+        ("utzap50k", "ut-zap50k-data/meta-data.csv", b"CID,Category\n1-2\n", ":2 has 1 columns"),
+        ("utzap50k", "ut-zap50k-data/meta-data.csv", b"id,Category\n1-2,x\n", "is not as the set is published .KeyError: 'CID'"),
+    ],
+)
+def test_lists_of_composed_sets(tmp_path, what, file, content, told):
+    (tmp_path / "raw" / file).parent.mkdir(parents=True)
+    (tmp_path / "raw" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=told):
+        make_set(what, tmp_path / "raw", tmp_path / "out", "train", 3)
+    assert not (tmp_path / "out").exists()
