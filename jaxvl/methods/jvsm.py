@@ -115,13 +115,15 @@ def build(image: Any, text: Any, options: JvsmOptions = JvsmOptions()) -> Method
     def rngs(key: jax.Array | None) -> dict | None:
         return None if key is None else {"dropout": key}
 
-    def see(params: dict, stats: dict, images: jax.Array, key: jax.Array | None, train: bool = False) -> tuple[jax.Array, Any, dict]:
-        """v [b, levels, E], the maps where there are levels, and the image tower's running statistics."""
+    def see(
+        params: dict, stats: dict, images: jax.Array, key: jax.Array | None, train: bool = False, valid: jax.Array | None = None
+    ) -> tuple[jax.Array, Any, dict]:
+        """v [b, levels, E], the maps where there are levels, and the image tower's running statistics, of the images `valid` alone."""
         variables: Any = {"params": params["image"], **({"batch_stats": stats["image"]} if batch_bn else {})}
         if mapped:
-            maps, running = attention.maps(vision, variables, images, rngs(key), train)
+            maps, running = attention.maps(vision, variables, images, rngs(key), train, valid)
             return project(params, maps), maps, running
-        more: dict[str, Any] = {"train": train} if batch_bn else {}
+        more: dict[str, Any] = {"train": train, "valid": valid} if batch_bn else {}
         out, after = vision.apply(variables, images, rngs=rngs(key), mutable=["batch_stats"], **more)
         return out.pooled[:, None], None, after.get("batch_stats", {})
 
@@ -150,7 +152,9 @@ def build(image: Any, text: Any, options: JvsmOptions = JvsmOptions()) -> Method
         images, texts = ([name for name in names if name in batch] for names in (IMAGES, TEXTS))
         together = lambda names: jnp.stack([batch[name] for name in names], 1).reshape(-1, *batch[names[0]].shape[1:])
         apart = lambda x, names: dict(zip(names, x.reshape(-1, len(names), *x.shape[1:]).swapaxes(0, 1), strict=True))
-        v, maps, after = see(params, stats, together(images), key_image, train=True)
+        there = {"image": jnp.ones(len(batch["image"]), bool), "image_reference": ids_of(batch).reference >= 0}
+        valid = jnp.stack([there[name] for name in images], 1).reshape(-1)  # an absent reference is zeros, no image to take statistics of
+        v, maps, after = see(params, stats, together(images), key_image, train=True, valid=valid)
         z = {**apart(v, images), **apart(say(params, together(texts), key_text), texts)}
         if mapped and len(images) > 1:
             references = [apart(m, images)["image_reference"] for m in maps]

@@ -40,11 +40,11 @@ class Levels(NamedTuple):
         return {"compose": {"params": compose}, "joint": {"params": joint}}
 
     def maps(
-        self, tower: nn.Module, variables: dict, images: jax.Array, rngs: dict | None, train: bool
+        self, tower: nn.Module, variables: dict, images: jax.Array, rngs: dict | None, train: bool, valid: jax.Array | None = None
     ) -> tuple[tuple[jax.Array, ...], dict]:
-        """Float32 maps [batch, height, width, channel], finest first, and running statistics; a ViT's are layers, evenly spread, without class tokens."""
+        """Float32 maps [batch, height, width, channel], finest first, and running statistics, of the rows `valid`; a ViT's are layers, evenly spread, without class tokens."""
         if not isinstance(tower, vit.Vit):
-            out, after = tower.apply(variables, images, rngs=rngs, maps=True, train=train, mutable=["batch_stats"])
+            out, after = tower.apply(variables, images, valid, rngs=rngs, maps=True, train=train, mutable=["batch_stats"])
             return tuple(m.astype(jnp.float32) for m in out.maps), after.get("batch_stats", {})
         o = vit.resolve(tower.options)
         if o.patch_dropout:

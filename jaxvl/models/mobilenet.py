@@ -55,15 +55,15 @@ class Mobilenet(nn.Module):
     options: MobilenetOptions
 
     @nn.compact
-    def __call__(self, images, *, train: bool = False, maps: bool = False) -> Tower:
-        """train: take the statistics of the batch, where options.statistics is "batch". maps: return those of the blocks LEVELS."""
+    def __call__(self, images, valid=None, *, train: bool = False, maps: bool = False) -> Tower:
+        """train: take the statistics of the batch, where options.statistics is "batch", of its rows `valid`, bool [batch]. maps: return those of the blocks LEVELS."""
         o = resolve(self.options)
 
         def layer(x, name: str, features: int, kernel: int, stride: int, groups: int = 1):
             conv = convolution(o, features, kernel, stride, name, groups)
             if o.padding == "same":
                 conv = conv.clone(padding="SAME")
-            x = BatchNorm(o.eps, statistics=o.statistics, name=f"{name}_norm")(conv(x), train=train)
+            x = BatchNorm(o.eps, statistics=o.statistics, name=f"{name}_norm")(conv(x), valid, train=train)
             return nn.relu6(x)
 
         x = layer(images.astype(jnp.dtype(o.dtype)), "stem", channels(o, STEM), 3, 2)

@@ -76,14 +76,14 @@ class Bottleneck(nn.Module):
     stride: int
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x, valid, train):
         o = self.options
         norm = lambda name: BatchNorm(o.eps, statistics=o.statistics, name=name)
-        y = nn.relu(norm("norm1")(convolution(o, self.width, 1, 1, "conv1")(x), train=train))
-        y = nn.relu(norm("norm2")(convolution(o, self.width, 3, self.stride, "conv2")(y), train=train))
-        y = norm("norm3")(convolution(o, self.width * EXPANSION, 1, 1, "conv3")(y), train=train)
+        y = nn.relu(norm("norm1")(convolution(o, self.width, 1, 1, "conv1")(x), valid, train=train))
+        y = nn.relu(norm("norm2")(convolution(o, self.width, 3, self.stride, "conv2")(y), valid, train=train))
+        y = norm("norm3")(convolution(o, self.width * EXPANSION, 1, 1, "conv3")(y), valid, train=train)
         if x.shape[-1] != y.shape[-1] or self.stride > 1:
-            x = norm("shortcut_norm")(convolution(o, self.width * EXPANSION, 1, self.stride, "shortcut")(x), train=train)
+            x = norm("shortcut_norm")(convolution(o, self.width * EXPANSION, 1, self.stride, "shortcut")(x), valid, train=train)
         return parts.batch_sharded(nn.relu(x + y))
 
 
@@ -93,17 +93,19 @@ class Resnet(nn.Module):
     options: ResnetOptions
 
     @nn.compact
-    def __call__(self, images, *, train: bool = False, maps: bool = False) -> Tower:
-        """train: take the statistics of the batch, where options.statistics is "batch". maps: return those of the last three stages."""
+    def __call__(self, images, valid=None, *, train: bool = False, maps: bool = False) -> Tower:
+        """train: take the statistics of the batch, where options.statistics is "batch", of its rows `valid`, bool [batch]. maps: return those of the last three stages."""
         o = resolve(self.options)
         x = images.astype(jnp.dtype(o.dtype))
-        x = nn.relu(BatchNorm(o.eps, statistics=o.statistics, name="stem_norm")(convolution(o, o.width, 7, 2, "stem")(x), train=train))
+        x = nn.relu(
+            BatchNorm(o.eps, statistics=o.statistics, name="stem_norm")(convolution(o, o.width, 7, 2, "stem")(x), valid, train=train)
+        )
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         levels = []
         for stage, blocks in enumerate(o.stages):
             for block in range(blocks):
                 stride = 2 if stage and not block else 1
-                x = Bottleneck(o, o.width * 2**stage, stride, name=f"stage{stage + 1}_{block}")(x, train)
+                x = Bottleneck(o, o.width * 2**stage, stride, name=f"stage{stage + 1}_{block}")(x, valid, train)
             levels.append(x)
         pooled = pool(o.pool, x)
         if o.head:

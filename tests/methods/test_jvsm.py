@@ -11,8 +11,10 @@ from jaxvl.losses.compose import match
 from jaxvl.mesh import BATCH, MeshOptions, make_mesh, shardings
 from jaxvl.methods.jvsm import JvsmOptions, build, first_equal, ids_of
 from jaxvl.methods.method import for_faces
+from jaxvl.models import mobilenet
 from jaxvl.models.lstm import LstmOptions
-from jaxvl.models.resnet import ResnetOptions
+from jaxvl.models.mobilenet import Mobilenet, MobilenetOptions
+from jaxvl.models.resnet import Resnet, ResnetOptions
 from jaxvl.models.text import TextOptions
 from jaxvl.models.vit import VitOptions
 
@@ -120,6 +122,56 @@ CASES = {
 }
 
 
+def start(method):
+    return jax.jit(lambda key: method.init(key, SPEC))(jax.random.key(0))
+
+
+def with_noise(batch):
+    """The batch with pixels in place of the zeros of absent references."""
+    noise = 9 * np.random.default_rng(1).normal(size=batch["image"].shape).astype(np.float32)
+    return {**batch, "image_reference": np.where((batch["id_reference"] < 0)[:, None, None, None], noise, batch["image_reference"])}
+
+
+def test_an_absent_reference_is_seen_by_nobody():
+    """Its pixels change no loss, gradient or statistic, to the bit; on several devices the numbers are those of one."""
+    method = build(TOWER._replace(stages=(1,)), BERT, JvsmOptions(width=8))
+    params, memory = start(method)
+    batch = batch_of()
+    loss = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
+
+    def run(batch, devices):
+        mesh = make_mesh(MeshOptions(data=devices), jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            placed = jax.device_put((params, memory), shardings((params, memory), method.rules, mesh))
+            (value, aux), grads = loss(*placed, jax.device_put(batch, NamedSharding(mesh, BATCH)), None)
+            return jax.device_get((value, method.update(placed[1], placed[0], aux), grads))
+
+    dense = run(batch, 1)
+    jax.tree.map(np.testing.assert_array_equal, run(with_noise(batch), 1), dense)
+    assert any(np.asarray(g).any() for g in jax.tree.leaves(dense[2]["image"]))
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 + 1e-4 * np.abs(b).max())
+    jax.tree.map(close, run(with_noise(batch), 4), dense)
+    there = np.concatenate([batch["image"], batch["image_reference"][batch["id_reference"] >= 0]])
+    how = dict(window_strides=(2, 2), padding=[(3, 3)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    seen = jax.lax.conv_general_dilated(there, params["image"]["stem"]["kernel"], **how)
+    np.testing.assert_allclose(dense[1]["batch_stats"]["image"]["stem_norm"]["mean"], 0.1 * seen.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tower",
+    [Resnet(TOWER._replace(stages=(1,))), Mobilenet(MobilenetOptions(statistics="batch", dtype="float32"))],
+    ids=("resnet", "mobilenet"),
+)
+def test_every_norm_of_a_tower_leaves_out_rows_that_are_none(tower, monkeypatch):
+    monkeypatch.setattr(mobilenet, "BLOCKS", ((8, 2),))
+    images, valid = batch_of()["image"], np.arange(ROWS) < 12
+    variables = jax.jit(tower.init)(jax.random.key(0), images[:1])
+    see = jax.jit(lambda images, valid: tower.apply(variables, images, valid, train=True, mutable=["batch_stats"]))
+    out, seen = see(images, valid)
+    alone, wanted = see(images[:12], None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), (out.pooled[:12], seen), (alone.pooled, wanted))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_composition_trains_and_answers(name):
     image, text, options = CASES[name]
@@ -127,7 +179,9 @@ def test_every_composition_trains_and_answers(name):
     batch = jax.tree.map(lambda x: x[8:], batch_of())
     params, memory = method.init(jax.random.key(0), SPEC)
     shardings((params, memory), method.rules, make_mesh(MeshOptions(4, 2, 1)))
-    (loss, aux), grads = jax.jit(jax.value_and_grad(method.loss, has_aux=True))(params, memory, batch, jax.random.key(1))
+    step = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
+    (loss, aux), grads = found = step(params, memory, batch, jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, step(params, memory, with_noise(batch), jax.random.key(1)), found)
     assert loss > 0 and all(np.isfinite(x).all() for x in jax.tree.leaves((loss, grads)))
     for part in params.keys() - {"scale"}:
         assert any(np.asarray(g).any() for g in jax.tree.leaves(grads[part])), part
