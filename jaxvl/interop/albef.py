@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from jaxvl.interop.keys import ConfigError, section
 from jaxvl.interop.published import Fused, Published
 from jaxvl.interop.tensors import FileError
 from jaxvl.models.text import TextOptions
@@ -74,6 +75,15 @@ def describe(stored: Mapping[str, Any], heads: int = 0) -> Published:
             queue=queue, ids="idx_queue" in shapes, teacher_fused=any(re.match(r"text_encoder_m\..*\.crossattention\.", n) for n in shapes),
         ),
     )  # fmt: skip
+
+
+def check(config: dict[str, Any], model: Published) -> None:
+    """Raises ConfigError where a config.json beside the files tells of another model than their tensors do."""
+    told, text = section("albef", config)["num_attention_heads"], model.text
+    if text and told not in (None, text.heads):
+        raise ConfigError(
+            f"num_attention_heads={told}, and a text tower of {text.width} channels has {text.heads}: say how many heads (--heads)"
+        )
 
 
 def split(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

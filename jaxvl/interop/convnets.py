@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from jaxvl.interop.keys import ConfigError, section
 from jaxvl.interop.names import CONV, Layout, Name
-from jaxvl.interop.published import ConfigError, Published
+from jaxvl.interop.published import Published
 from jaxvl.models import mobilenet
 from jaxvl.models.mobilenet import MobilenetOptions
 from jaxvl.models.resnet import ResnetOptions
@@ -35,6 +36,15 @@ def describe(stored: Mapping[str, Any]) -> Published:
     found = [(int(m[1]), int(m[2])) for m in blocks if m]
     stages = tuple(1 + max(i for stage, i in found if stage == s) for s in range(1, 1 + max(stage for stage, _ in found)))
     return Published("resnet", image=ResnetOptions(depth=0, stages=stages, width=stored["conv1.weight"].shape[0]), image_size=224)
+
+
+def check(config: dict[str, Any], model: Published) -> None:
+    """Raises ConfigError where a config.json beside the files tells of another network, or of one whose tensors do not show how it differs."""
+    name = section("timm", config)["architecture"]
+    if name and not re.fullmatch(r"(tv_)?resnet(50|101|152)|mobilenetv1_\d+", name):
+        raise ConfigError(
+            f"architecture={name!r}: only resnet50, resnet101, resnet152 and mobilenetv1_100 can be computed, not this {model.family}"
+        )
 
 
 def layout(model: Published) -> Layout:

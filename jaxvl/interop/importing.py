@@ -65,7 +65,7 @@ def run(source: str, out: Path, *, dtype: str = "", heads: int = 0) -> int:
     dtype = dtype or ("bfloat16" if all(t.dtype.name == "bfloat16" for t in stored.values()) else "float32")
     if heads and not albef.holds(stored):
         raise ValueError(f"--heads is for checkpoints of ALBEF and TCL, which do not tell it; {source} is none")
-    found = load.fill(albef.describe(stored, heads), stored, dtype=dtype) if albef.holds(stored) else load.load(files, dtype=dtype)
+    found = load.load(files, dtype=dtype, heads=heads)
     params, memory = albef.split(found.params) if found.model.fused else (found.params, {})
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -64,19 +64,27 @@ def load(
     model: Published | None = None,
     *,
     dtype: str = "float32",
+    heads: int = 0,
     place: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Imported:
     """The weights of a folder, an index or a file. The model is read from the config.json beside them unless it is given.
 
+    heads: of towers of ALBEF and TCL, which do not tell it, where they are not of the usual width.
     place: the tree of ShapeDtypeStructs -> the same tree of shardings; without it everything goes to the first device.
     Host memory beyond the parameters stays within a few of the files' tensors. Nothing is read before everything fits.
-    Raises tensors.FileError for damaged files, published.ConfigError for an unknown model and Mismatch for tensors that
+    Raises tensors.FileError for damaged files, keys.ConfigError for an unknown model and Mismatch for tensors that
     do not fit it.
     """
     stored = tensors.find(source)
     if model is None:
-        by_tensors = next((family for family in (albef, convnets) if family.holds(stored)), None)
-        model = by_tensors.describe(stored) if by_tensors else describe(read_config(source), stored)
+        if albef.holds(stored):
+            model, check = albef.describe(stored, heads), albef.check
+        elif convnets.holds(stored):
+            model, check = convnets.describe(stored), convnets.check
+        else:
+            model, check = describe(read_config(source), stored), None
+        if check and config_of(source):
+            check(read_config(source), model)
     return fill(model, stored, dtype=dtype, place=place)
 
 
@@ -97,13 +105,18 @@ def fill(
     )
 
 
-def read_config(source: str | Path) -> dict[str, Any]:
+def config_of(source: str | Path) -> Path | None:
     """config.json (or open_clip_config.json) of a folder, or of the folder of a file."""
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
-    for name in ("config.json", "open_clip_config.json"):
-        if (folder / name).is_file():
-            return foreign.read_json(folder / name)
-    raise tensors.FileError(f"{folder} holds no config.json: say which model the tensors are")
+    return next((folder / name for name in ("config.json", "open_clip_config.json") if (folder / name).is_file()), None)
+
+
+def read_config(source: str | Path) -> dict[str, Any]:
+    """What `config_of` names."""
+    path = config_of(source)
+    if path is None:
+        raise tensors.FileError(f"{Path(source)} holds no config.json: say which model the tensors are")
+    return foreign.read_json(path)
 
 
 def match(model: Published, stored: dict[str, Stored]) -> Matched:

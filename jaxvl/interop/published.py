@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxvl.interop.keys import ConfigError, section
 from jaxvl.interop.positions import Method
 from jaxvl.models import kinds
 from jaxvl.models.fusion import Fusion, LmHead, MlmHead
@@ -43,45 +44,21 @@ class Published(NamedTuple):
     fused: Fused | None = None
 
 
-class ConfigError(ValueError):
-    """A config.json that is none we know; the message names the key, its value and what would be right."""
-
-
 ACTIVATIONS: dict[str, Act] = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "quick_gelu": "quick_gelu",
     "relu": "relu", "silu": "silu", "swish": "silu",
-}  # fmt: skip
-
-# Values of keys that a config.json may leave out, since transformers writes only what differs.
-_SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072, "initializer_range": 0.02}
-_IMAGE = {"image_size": 224, "patch_size": 16, "num_channels": 3, "attention_dropout": 0.0}
-_VIT = {**_SIZES, **_IMAGE, "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "qkv_bias": True}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "vit": {**_VIT, "layer_norm_eps": 1e-12, "pooler_act": "tanh"},
-    "dinov2": {**_VIT, "layer_norm_eps": 1e-6, "mlp_ratio": 4, "layerscale_value": 1.0, "use_swiglu_ffn": False, "use_mask_token": True, "patch_size": 14},
-    "bert": {**_SIZES, "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu",
-             "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "pad_token_id": 0, "tie_word_embeddings": True},
-    "clip_vision": {**_SIZES, **_IMAGE, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 512},
-    "clip_text": {**_SIZES, "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "max_position_embeddings": 77,
-                  "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attention_dropout": 0.0, "eos_token_id": 49407, "pad_token_id": 1, "projection_dim": 512},
-    "siglip_vision": {**_SIZES, **_IMAGE, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "vision_use_head": True},
-    "siglip_text": {**_SIZES, "vocab_size": 32000, "max_position_embeddings": 64, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
-                    "attention_dropout": 0.0, "pad_token_id": 1},
-    "llama": {**_SIZES, "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-              "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False,
-              "attention_dropout": 0.0, "tie_word_embeddings": False},
 }  # fmt: skip
 
 
 def describe(config: dict[str, Any], names: Collection[str]) -> Published:
     """The model of a config.json and of the tensor names of its files, which tell the heads that are present.
 
-    Raises ConfigError for a model_type we do not have and for values our modules cannot compute.
+    Raises ConfigError for a model_type we do not have, for keys that are not known and for values our modules cannot compute.
     """
     kind = config.get("model_type")
     if "model_cfg" in config:
-        return _open_clip(config["model_cfg"], names)
-    if kind not in READERS:
+        return _open_clip(section("open_clip_config.json", config)["model_cfg"])
+    if not isinstance(kind, str) or kind not in READERS:
         raise ConfigError(f"model_type={kind!r} is none of {', '.join(READERS)}")
     return READERS[kind](config, names)
 
@@ -151,20 +128,6 @@ def _act(c: dict[str, Any]) -> Act:
     return ACTIVATIONS[c["hidden_act"]]
 
 
-def _only(c: dict[str, Any], key: str, *legal: Any) -> None:
-    if key in c and c[key] not in legal:
-        raise ConfigError(f"{key}={c[key]!r}: only {', '.join(map(repr, legal))} can be computed")
-
-
-def _square(c: dict[str, Any], key: str) -> int:
-    value = c[key]
-    if isinstance(value, (list, tuple)) and len(set(value)) == 1:
-        value = value[0]
-    if not isinstance(value, int):
-        raise ConfigError(f"{key}={value!r}: only squares can be computed")
-    return value
-
-
 def _shared(c: dict[str, Any]) -> dict[str, Any]:
     """Options that every tower has."""
     return {
@@ -175,42 +138,38 @@ def _shared(c: dict[str, Any]) -> dict[str, Any]:
 
 
 def _vit(config: dict[str, Any], names: Collection[str]) -> Published:
-    c = {**DEFAULTS["vit"], **config}
-    _only(c, "pooler_act", "tanh")
+    c = section(config["model_type"], config)
     image = VitOptions(
-        **_shared(c), patch=_square(c, "patch_size"), mlp_dim=c["intermediate_size"], eps=c["layer_norm_eps"], qkv_bias=c["qkv_bias"],
+        **_shared(c), patch=c["patch_size"], mlp_dim=c["intermediate_size"], eps=c["layer_norm_eps"], qkv_bias=c["qkv_bias"],
         class_tokens=2 if config["model_type"] == "deit" else 1, mask_token=_has(names, "mask_token"),
-        pooler=(c.get("pooler_output_size") or c["hidden_size"]) if _has(names, "pooler.dense.weight") else 0,
+        pooler=(c["pooler_output_size"] or c["hidden_size"]) if _has(names, "pooler.dense.weight") else 0,
         head=_labels(c) if _has(names, "classifier.weight") else 0, head_bias=True, drop_remainder=True,
     )  # fmt: skip
-    return Published("vit", image=image, image_size=_square(c, "image_size"), channels=c["num_channels"])
+    return Published("vit", image=image, image_size=c["image_size"], channels=c["num_channels"])
 
 
 def _labels(c: dict[str, Any]) -> int:
-    return len(c["id2label"]) if c.get("id2label") else c.get("num_labels", 2)
+    return len(c["id2label"]) or c["num_labels"]
 
 
 def _dinov2(config: dict[str, Any], names: Collection[str]) -> Published:
     registers = config["model_type"] == "dinov2_with_registers"
-    c = {**DEFAULTS["dinov2"], "num_register_tokens": 4 if registers else 0, **({"patch_size": 16} if registers else {}), **config}
+    c = section(config["model_type"], config)
     hidden = int(c["hidden_size"] * c["mlp_ratio"])
     if c["use_swiglu_ffn"]:
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
         c["hidden_act"] = "silu"  # the SwiGLU layer does not read the config's
     image = VitOptions(
-        **_shared(c), patch=_square(c, "patch_size"), mlp_dim=hidden, eps=c["layer_norm_eps"], qkv_bias=c["qkv_bias"], gated=c["use_swiglu_ffn"],
-        layer_scale=c["layerscale_value"] or 1.0, registers=c["num_register_tokens"], mask_token=_has(names, "mask_token"),
-        drop_path=c.get("drop_path_rate", 0.0), drop_remainder=True,
+        **_shared(c), patch=c["patch_size"], mlp_dim=hidden, eps=c["layer_norm_eps"], qkv_bias=c["qkv_bias"], gated=c["use_swiglu_ffn"],
+        layer_scale=c["layerscale_value"] or 1.0, registers=c.get("num_register_tokens", 0), mask_token=_has(names, "mask_token"),
+        drop_path=c["drop_path_rate"], drop_remainder=True,
     )  # fmt: skip
     resize: Method = "bicubic_antialias" if registers else "bicubic"
-    return Published("dinov2", image=image, image_size=_square(c, "image_size"), channels=c["num_channels"], positions=resize)
+    return Published("dinov2", image=image, image_size=c["image_size"], channels=c["num_channels"], positions=resize)
 
 
 def _bert(config: dict[str, Any], names: Collection[str]) -> Published:
-    c = {**DEFAULTS["bert"], **config}
-    _only(c, "position_embedding_type", "absolute")
-    _only(c, "is_decoder", False)
-    _only(c, "add_cross_attention", False)
+    c = section("bert", config)
     text = TextOptions(
         **_shared(c), mlp_dim=c["intermediate_size"], eps=c["layer_norm_eps"], vocab_size=c["vocab_size"], positions=c["max_position_embeddings"],
         token_types=c["type_vocab_size"], pad_id=c["pad_token_id"] or 0, causal=False, post_norm=True, embed_norm=True, final_norm=False, pool="first",
@@ -222,17 +181,19 @@ def _bert(config: dict[str, Any], names: Collection[str]) -> Published:
     return Published("bert", text=text, head=head)
 
 
-def _clip_image(c: dict[str, Any], names: Collection[str]) -> Published:
-    c = {**DEFAULTS["clip_vision"], **c}
+def _clip_image(config: dict[str, Any], names: Collection[str], where: str = "") -> Published:
+    c = section("clip_vision_model", config, where)
     image = VitOptions(
-        **_shared(c), patch=_square(c, "patch_size"), mlp_dim=c["intermediate_size"], eps=c["layer_norm_eps"], pre_norm=True, patch_bias=False,
+        **_shared(c), patch=c["patch_size"], mlp_dim=c["intermediate_size"], eps=c["layer_norm_eps"], pre_norm=True, patch_bias=False,
         head=c["projection_dim"] if _has(names, "visual_projection.weight") else 0, drop_remainder=True,
     )  # fmt: skip
-    return Published("clip", image=image, image_size=_square(c, "image_size"), channels=c["num_channels"])
+    return Published("clip", image=image, image_size=c["image_size"], channels=c["num_channels"])
 
 
-def _clip_text(c: dict[str, Any], names: Collection[str]) -> Published:
-    c = {**DEFAULTS["clip_text"], **c}
+def _clip_text(config: dict[str, Any], names: Collection[str], where: str = "") -> Published:
+    c = section("clip_text_model", config, where)
+    if c["eos_token_id"] is None:
+        raise ConfigError(f"{where + '.' * bool(where)}eos_token_id=None: the id is needed at which a text is pooled")
     # Files from before the end-of-text id was right say 2, and mean the largest id of a caption.
     pool = {"pool": "argmax"} if c["eos_token_id"] == 2 else {"pool": "eos", "eos_id": c["eos_token_id"]}
     text = TextOptions(
@@ -243,50 +204,61 @@ def _clip_text(c: dict[str, Any], names: Collection[str]) -> Published:
 
 
 def _clip(config: dict[str, Any], names: Collection[str]) -> Published:
-    shared = {"projection_dim": config.get("projection_dim", 512)}
-    image = _clip_image({**(config.get("vision_config") or {}), **shared}, names)
-    text = _clip_text({**(config.get("text_config") or {}), **shared}, names)
+    c = section("clip", config)
+    image, text = (read(_both(kind, c, name) | {"projection_dim": c["projection_dim"]}, names, name) for read, kind, name in (
+        (_clip_image, "clip_vision_model", "vision_config"), (_clip_text, "clip_text_model", "text_config")))  # fmt: skip
     return image._replace(text=text.text, scalars=("t",))
 
 
-def _siglip_image(c: dict[str, Any], names: Collection[str]) -> Published:
-    c = {**DEFAULTS["siglip_vision"], **c}
-    image = VitOptions(
-        **_shared(c), patch=_square(c, "patch_size"), mlp_dim=c["intermediate_size"], eps=c["layer_norm_eps"], class_tokens=0, drop_remainder=True,
-        pool="map" if _has(names, "vision_model.head.probe") else "mean",
-    )  # fmt: skip
-    return Published("siglip", image=image, image_size=_square(c, "image_size"), channels=c["num_channels"])
+def _both(kind: str, c: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of a CLIP config; where an old file has it twice, transformers takes the one called _dict, its defaults included."""
+    old = c[f"{name}_dict"]
+    return {**section(kind, c[name], name), **section(kind, old, f"{name}_dict")} if old else c[name]
 
 
-def _siglip_text(c: dict[str, Any], names: Collection[str]) -> Published:
+def _siglip_image(config: dict[str, Any], names: Collection[str], where: str = "") -> Published:
     del names
-    c = {**DEFAULTS["siglip_text"], **c}
+    c = section("siglip_vision_model", config, where)
+    image = VitOptions(
+        **_shared(c), patch=c["patch_size"], mlp_dim=c["intermediate_size"], eps=c["layer_norm_eps"], class_tokens=0, drop_remainder=True,
+        pool="map" if c["vision_use_head"] else "mean",
+    )  # fmt: skip
+    return Published("siglip", image=image, image_size=c["image_size"], channels=c["num_channels"])
+
+
+def _siglip_text(config: dict[str, Any], names: Collection[str], where: str = "") -> Published:
+    del names
+    c = section("siglip_text_model", config, where)
     text = TextOptions(
         **_shared(c), mlp_dim=c["intermediate_size"], eps=c["layer_norm_eps"], vocab_size=c["vocab_size"], positions=c["max_position_embeddings"],
-        pad_id=c["pad_token_id"] or 0, causal=False, mask_padding=False, pool="end", head=c.get("projection_size") or c["hidden_size"], head_bias=True,
+        pad_id=c["pad_token_id"] or 0, causal=False, mask_padding=False, pool="end", head=c["projection_size"] or c["hidden_size"], head_bias=True,
     )  # fmt: skip
     return Published("siglip", text=text)
 
 
 def _siglip(config: dict[str, Any], names: Collection[str]) -> Published:
-    image, text = _siglip_image(config.get("vision_config") or {}, names), _siglip_text(config.get("text_config") or {}, names)
+    c = section("siglip", config)
+    image, text = (_siglip_image(c["vision_config"], names, "vision_config"), _siglip_text(c["text_config"], names, "text_config"))
     return image._replace(text=text.text, scalars=("t", "b"))
 
 
 def _llama(config: dict[str, Any], names: Collection[str]) -> Published:
-    c = {**DEFAULTS["llama"], **config}
-    rope = {"rope_theta": c.get("rope_theta"), **(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    c = section("llama", config)
+    name = "rope_scaling" if c["rope_scaling"] else "rope_parameters"
+    kind = c[name].get("rope_type", c[name].get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ConfigError(f"rope_type={kind!r}: only 'default' and 'llama3' can be computed")
-    _only({**c, **rope}, "partial_rotary_factor", 1, 1.0, None)
+    rope = section("rope", {"rope_theta": c["rope_theta"], **c[name]}, name)
     scaling: tuple[float, ...] = ()
     if kind == "llama3":
-        length = rope.get("original_max_position_embeddings") or c.get("original_max_position_embeddings") or c["max_position_embeddings"]
-        scaling = (rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], length)
+        needed = ("factor", "low_freq_factor", "high_freq_factor")
+        if missing := [key for key in needed if key not in c[name]]:
+            raise ConfigError(f"{name} has no {', '.join(missing)}, which rope_type='llama3' takes")
+        length = rope["original_max_position_embeddings"] or c["original_max_position_embeddings"] or c["max_position_embeddings"]
+        scaling = (*(rope[key] for key in needed), length)
     text = TextOptions(
-        **_shared(c), mlp_dim=c["intermediate_size"], eps=c["rms_norm_eps"], vocab_size=c["vocab_size"], kv_heads=c.get("num_key_value_heads") or 0,
-        head_dim=c.get("head_dim") or 0, pad_id=c.get("pad_token_id") or 0, norm="rms", gated=True, position="rope", rope_theta=rope["rope_theta"] or 10_000.0,
+        **_shared(c), mlp_dim=c["intermediate_size"], eps=c["rms_norm_eps"], vocab_size=c["vocab_size"], kv_heads=c["num_key_value_heads"] or 0,
+        head_dim=c["head_dim"] or 0, pad_id=max(c["pad_token_id"] or 0, 0), norm="rms", gated=True, position="rope", rope_theta=rope["rope_theta"],
         rope_scaling=scaling, pool="last", qkv_bias=c["attention_bias"], out_bias=c["attention_bias"], mlp_bias=c["mlp_bias"],
     )  # fmt: skip
     head = "lm_tied" if c["tie_word_embeddings"] else "lm"
@@ -297,22 +269,32 @@ def _llama(config: dict[str, Any], names: Collection[str]) -> Published:
     )
 
 
-def _open_clip(c: dict[str, Any], names: Collection[str]) -> Published:
-    """open_clip_config.json of its own transformer towers."""
-    v, t = c["vision_cfg"], c["text_cfg"]
-    for key, section in (("timm_model_name", v), ("hf_model_name", t)):
-        if section.get(key):
-            raise ConfigError(f"{key}={section[key]!r}: only open_clip's own transformers can be read, not {key.partition('_')[0]} towers")
-    act: Act = "quick_gelu" if c.get("quick_gelu") else "gelu"
+def _open_clip(config: dict[str, Any]) -> Published:
+    """The model_cfg of open_clip_config.json, of its own transformer towers."""
+    c = section("open_clip", config, "model_cfg")
+    for key, told in (("timm_model_name", c["vision_cfg"]), ("hf_model_name", c["text_cfg"])):
+        if told.get(key):
+            raise ConfigError(f"{key}={told[key]!r}: only open_clip's own transformers can be read, not {key.partition('_')[0]} towers")
+    if isinstance(c["vision_cfg"].get("layers"), list):
+        raise ConfigError(
+            f"model_cfg.vision_cfg.layers={c['vision_cfg']['layers']}: only transformers can be read, not open_clip's ResNets"
+        )
+    if missing := [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]:
+        raise ConfigError(f"model_cfg has no {', '.join(missing)}, for which open_clip has no default")
+    v, t = (
+        section("open_clip_vision", c["vision_cfg"], "model_cfg.vision_cfg"),
+        section("open_clip_text", c["text_cfg"], "model_cfg.text_cfg"),
+    )
+    act: Act = "quick_gelu" if c["quick_gelu"] else "gelu"
     image = VitOptions(
-        variant="", width=v["width"], depth=v["layers"], heads=v["width"] // v.get("head_width", 64), patch=v["patch_size"], act=act, eps=1e-5,
-        mlp_dim=int(v["width"] * v.get("mlp_ratio", 4.0)), pre_norm=True, patch_bias=False, head=c["embed_dim"], layer_scale=v.get("ls_init_value") or 0.0,
+        variant="", width=v["width"], depth=v["layers"], heads=v["width"] // v["head_width"], patch=v["patch_size"], act=act, eps=1e-5,
+        mlp_dim=int(v["width"] * v["mlp_ratio"]), pre_norm=True, patch_bias=False, head=c["embed_dim"], layer_scale=v["ls_init_value"],
+        patch_dropout=v["patch_dropout"],
     )  # fmt: skip
     text = TextOptions(
-        variant="", width=t["width"], depth=t["layers"], heads=t["heads"], mlp_dim=int(t["width"] * t.get("mlp_ratio", 4.0)), act=act, eps=1e-5,
-        vocab_size=t["vocab_size"], positions=t["context_length"], pool="argmax", head=c["embed_dim"], layer_scale=t.get("ls_init_value") or 0.0,
+        variant="", width=t["width"], depth=t["layers"], heads=t["heads"], mlp_dim=int(t["width"] * t["mlp_ratio"]), act=act, eps=1e-5,
+        vocab_size=t["vocab_size"], positions=t["context_length"], pool="argmax", head=c["embed_dim"], layer_scale=t["ls_init_value"],
     )  # fmt: skip
-    del names
     return Published("clip", image=image, text=text, image_size=v["image_size"], scalars=("t",))
 
 

@@ -1,6 +1,7 @@
 import pytest
 
-from jaxvl.interop.published import ConfigError, describe
+from jaxvl.interop.keys import ConfigError
+from jaxvl.interop.published import describe
 
 LLAMA = {
     "model_type": "llama",

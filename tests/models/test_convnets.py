@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxvl.interop import load
-from jaxvl.interop.published import ConfigError
+from jaxvl.interop.keys import ConfigError
 from jaxvl.mesh import MeshOptions, make_mesh, shardings
 from jaxvl.models import kinds
 from jaxvl.models.flops import mobilenet_flops, resnet_flops
