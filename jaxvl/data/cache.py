@@ -1,24 +1,29 @@
 """Shards on local disk: copies of remote and compressed ones, in a folder of bounded size.
 
 Several processes of a host share the folder: a copy is made once, under a lock, and appears under its name only when
-whole.
+whole. The lock file says how long the copy is and whether its compressed stream was whole; a copy of another length is
+made again.
 """
 
-import collections
 import contextlib
 import fcntl
 import hashlib
 import os
 import time
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxvl.data.tarwalk import BLOCK
+from jaxvl.data.unpack import packing, unpack
+
 STEP = 1 << 22  # bytes copied at a time
 ABANDONED = 3600  # seconds without a byte after which a copy in the making is nobody's
-GZIP = b"\x1f\x8b"
-VERSIONS = ("ETag", "etag", "md5Hash", "crc32c", "mtime", "LastModified", "last_modified", "updated", "created")
+# What stores call that which changes with a file, in small letters, the surest first.
+VERSIONS = (
+    "etag", "versionid", "generation", "md5hash", "contentmd5", "sha256", "sha", "blobid", "crc32c", "digest",
+    "mtime", "lastmodified", "modificationtime", "modify", "updated", "created",
+)  # fmt: skip
 
 
 class Cache(NamedTuple):
@@ -45,14 +50,20 @@ def filesystem(url: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(url)
 
 
-def stamp(shard: str) -> tuple[int, int]:
-    """(size in bytes, version) of a shard: mtime in ns, or a hash of what a store tells of the version."""
+def stamp(shard: str, fresh: bool = False) -> tuple[int, int]:
+    """(size in bytes, version) of a shard: mtime in ns, or a hash of what a store tells of the version.
+
+    fresh: as the store has it now, whatever listing of it is remembered.
+    """
     if not is_remote(shard):
         stat = os.stat(shard)
         return stat.st_size, stat.st_mtime_ns
     store, path = filesystem(shard)
+    if fresh:
+        store.invalidate_cache(path)
     info = store.info(path)
-    version = next((str(info[key]) for key in VERSIONS if info.get(key)), "")
+    told = {key.lower().replace("-", "").replace("_", ""): value for key, value in info.items()}
+    version = next((str(told[key]) for key in VERSIONS if told.get(key)), "")
     return int(info["size"] or 0), int(digest(version), 16) >> 1
 
 
@@ -70,67 +81,81 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+class Opened(NamedTuple):
+    """A descriptor of a plain tar, the stamp of the shard it is of, and whether that was a damaged compressed stream."""
+
+    fd: int
+    stamp: tuple[int, int]
+    torn: bool = False
+
+
 def open_shard(shard: str, cache: Cache) -> int:
-    """A descriptor of the plain tar in `shard`, in place or of a copy in the cache; it outlives the copy.
+    """The descriptor that `opened` gives."""
+    return opened(shard, cache).fd
+
+
+def opened(shard: str, cache: Cache) -> Opened:
+    """Open the plain tar in `shard`, in place or as a copy in the cache; the descriptor outlives the copy.
 
     Raises OSError where the shard cannot be read, or the disk or the cache is too small for its copy.
     """
     if not is_remote(shard):
         fd = os.open(shard, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not keep the reader waiting
-        if os.pread(fd, len(GZIP), 0) != GZIP:
-            return fd
+        if packing(os.pread(fd, BLOCK, 0)) is None:
+            return Opened(fd, (os.fstat(fd).st_size, os.fstat(fd).st_mtime_ns))
         os.close(fd)
-    size, version = stamp(shard)
-    folder = Path(cache.folder) / "shards"
-    path = folder / f"{digest(f'{shard} {size} {version}')}.tar"
+    version = stamp(shard, fresh=True)
+    path = Path(cache.folder) / "shards" / f"{digest(f'{shard} {version[0]} {version[1]}')}.tar"
     while True:
-        with contextlib.suppress(FileNotFoundError):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            os.utime(fd)  # the time of last use
-            return fd
-        with locked(folder / f"{path.stem}.lock"):
-            if not path.exists():
-                _copy(shard, size, path, cache.limit)
+        if copy := _copied(path, version):
+            return copy
+        with locked(path.with_suffix(".lock")):
+            if copy := _copied(path, version):
+                return copy
+            _copy(shard, version, path, cache.limit)
 
 
-def _copy(shard: str, size: int, path: Path, limit: int) -> None:
-    partial = path.with_suffix(".partial")
+def _copied(path: Path, version: tuple[int, int]) -> Opened | None:
+    """The copy at `path` where there is one that is as long as it was made."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    note = path.with_suffix(".lock")
+    length, _, state = (note.read_text() if note.exists() else "").partition(" ")
+    if length != str(os.fstat(fd).st_size):
+        os.close(fd)
+        return None
+    os.utime(fd)  # the time of last use
+    return Opened(fd, version, state == "torn")
+
+
+def _copy(shard: str, version: tuple[int, int], path: Path, limit: int) -> None:
+    partial, size = path.with_suffix(".partial"), version[0]
     store, remote = filesystem(shard)
     try:
         with store.open(remote, "rb") as source, open(partial, "wb") as target:
-            for data in _unpacked(iter(lambda: source.read(STEP), b"")):
+
+            def write(data: bytes) -> None:
                 if target.tell() + len(data) > limit:
                     raise OSError(f"it has more bytes than the cache may hold ({limit:,}): raise data.cache_gb")
                 target.write(data)
+
+            whole = unpack(iter(lambda: source.read(STEP), b""), write)
             if size and source.tell() != size:
                 raise OSError(f"its store gave {source.tell():,} bytes of {size:,}")
             taken = target.tell()
+        if stamp(shard, fresh=True) != version:
+            raise OSError("it changed meanwhile; start again")
         with locked(path.parent / "room.lock"):
+            path.unlink(missing_ok=True)
             _make_room(path.parent, limit - taken)
+            path.with_suffix(".lock").write_text(f"{taken} {'whole' if whole else 'torn'}")
             os.replace(partial, path)
     except OSError as error:
         raise OSError(f"cannot copy shard {shard} into {path.parent}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _unpacked(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """`chunks`, out of gzip if they are in it; a damaged gzip gives what comes before the damage, a tar cut short."""
-    inflate = None
-    for number, chunk in enumerate(chunks):
-        if number == 0 and chunk.startswith(GZIP):
-            inflate = zlib.decompressobj(31)
-        if inflate is None:
-            yield chunk
-        try:
-            while inflate and chunk:
-                yield inflate.decompress(chunk, STEP)
-                chunk = inflate.unconsumed_tail
-                if inflate.eof:  # one gzip may follow another
-                    chunk, inflate = inflate.unused_data, zlib.decompressobj(31)
-        except zlib.error:
-            collections.deque(chunks, 0)
-            return
 
 
 def _make_room(folder: Path, limit: int) -> None:

@@ -10,9 +10,9 @@ that two of one name in two branches are two groups.
 """
 
 import functools
+import io
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxvl.data.cache import digest
 from jaxvl.data.indexing import cores, parallel, progress
+from jaxvl.data.kept import keep, kept
 from jaxvl.data.labels import FIELDS, PROCESSES_FROM, word
 from jaxvl.data.source import Bad, Record, Source, Want
 
@@ -113,7 +114,8 @@ def _read(sources: Sequence[Source], wanted: Wanted, folder: str) -> tuple[np.nd
     """(class and path of each sample int32 [sample, 2], -1 without; names of classes; hierarchy paths); read once and kept in `folder`."""
     key = " ".join([wanted.label, wanted.hierarchy, *(s.version for s in sources)])
     file = Path(folder) / f"classes-{digest(key)}.npz"
-    if not file.is_file():
+    held = kept(file)
+    if held is None:
         jobs = [(source, shard) for source, s in enumerate(sources) for shard in range(len(s.shards))]
         large = sum(int(s.counts.sum()) for s in sources) >= PROCESSES_FROM
         found = progress(parallel(_look, (sources, wanted), jobs, cores() if large else 1), len(jobs), f"reading {wanted.label}")
@@ -126,11 +128,11 @@ def _read(sources: Sequence[Source], wanted: Wanted, folder: str) -> tuple[np.nd
         paths = sorted({p for _, p in rows})
         number, path_number = {w: i for i, w in enumerate(words)}, {p: i for i, p in enumerate(paths)}
         table = np.array([(number[w] if w is not None else -1, path_number[p]) for w, p in rows], np.int32)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}.npz")
-        np.savez(partial, table=table, names=np.array(json.dumps([words, paths])))
-        os.replace(partial, file)
-    with np.load(file) as saved:
+        out = io.BytesIO()
+        np.savez(out, table=table, names=np.array(json.dumps([words, paths])))
+        held = out.getvalue()
+        keep(file, held)
+    with np.load(io.BytesIO(held)) as saved:
         words, paths = json.loads(str(saved["names"]))
         return saved["table"], words, [tuple(p) for p in paths]
 

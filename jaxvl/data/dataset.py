@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -12,6 +13,7 @@ import numpy as np
 from jaxvl.data import decode, triplets
 from jaxvl.data.cache import Cache, cache_folder
 from jaxvl.data.classes import ClassTable, Wanted, field_and_pattern, keep_classes
+from jaxvl.data.faults import fault_notes, lost_samples
 from jaxvl.data.guard import BadData, table
 from jaxvl.data.labels import class_names
 from jaxvl.data.mixing import quotas
@@ -142,11 +144,15 @@ def open_data(options: DataOptions) -> Dataset:
     if options.classes:
         asked = Wanted(options.label, options.classes, options.split_level, options.hierarchy, options.levels)
         sources, class_table = keep_classes(sources, asked, place.indexes)
-    good, bad = sum(int(s.counts.sum()) for s in sources), sum(int(s.bad.sum()) for s in sources)
-    if not good or bad > options.max_bad_rate * (good + bad):
+    good, bad, lost = sum(int(s.counts.sum()) for s in sources), sum(int(s.bad.sum()) for s in sources), lost_samples(sources)
+    notes = fault_notes(sources)
+    if not good or bad + lost > options.max_bad_rate * (good + bad + lost):
         why = f"above data.max_bad_rate={options.max_bad_rate}" if good else "none can be used"
-        known = table(b for s in sources for b in s.known())
-        raise BadData(f"{', '.join(patterns)}: {bad:,} of {good + bad:,} samples are bad, {why}:\n{known}")
+        what = f"are bad, {lost:,} of them in shards that are lost" if lost else "are bad"
+        known = "\n".join([table(b for s in sources for b in s.known()), *notes]).strip("\n")
+        raise BadData(f"{', '.join(patterns)}: {bad + lost:,} of {good + bad + lost:,} samples {what}, {why}:\n{known}")
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     if options.weights and (hollow := [s.name for s in sources if not s.counts.any()]):
         raise BadData(f"data.weights gives {hollow[0]} a share, but none of its samples can be used")
     counts = np.concatenate([s.counts for s in sources])

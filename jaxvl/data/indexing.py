@@ -3,17 +3,18 @@
 import multiprocessing
 import os
 import stat
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 from jaxvl import progress as bars
-from jaxvl.data.cache import Cache, digest, is_remote, locked, open_shard, stamp
-from jaxvl.data.tarindex import Index, Summary, build_index, empty_index, read_summary, save_index
+from jaxvl.data.cache import Cache, digest, is_remote, locked, opened, stamp
+from jaxvl.data.tarindex import DamagedIndex, Index, Summary, build_index, empty_index, load_index, read_summary, save_index
 
 PROCESSES_FROM = 1 << 31  # bytes of shards below which starting processes costs more than it saves
-GONE = (0, 0)  # the stamp of a shard that cannot be reached
+GONE = (0, 0)  # the stamp of a shard that cannot be reached, which is tried again at each start
 STORE_THREADS = 32  # a remote store answers slowly, and many questions at once
 
 
@@ -51,6 +52,16 @@ def _build_one(how: tuple[Cache, bool], job: tuple[str, tuple[int, int], Path]) 
         save_index(_index_shard(shard, version, cache), path)
 
 
+def mend(shard: str, version: tuple[int, int], path: Path, cache: Cache) -> None:
+    """Build the index of `shard` at `path` anew, where the file turns out to be damaged while it is in use."""
+    with locked(path.parent / "build.lock"):
+        try:
+            load_index(path)  # another process may have mended it
+        except DamagedIndex as error:
+            warnings.warn(f"{error}: it is built again, with the samples that `data check --record` had left out", stacklevel=2)
+            save_index(_index_shard(shard, version, cache), path)
+
+
 def _index_shard(shard: str, version: tuple[int, int], cache: Cache) -> Index:
     if not is_remote(shard):  # a pattern can match anything, and one bad file must not stop a run
         try:
@@ -58,10 +69,13 @@ def _index_shard(shard: str, version: tuple[int, int], cache: Cache) -> Index:
                 return empty_index("special", version)
             os.close(os.open(shard, os.O_RDONLY | os.O_CLOEXEC))
         except OSError:
-            return empty_index("unreadable", version)
-    fd = open_shard(shard, cache)
+            return empty_index("unreadable", GONE)
+    fd, version, torn = opened(shard, cache)
     try:
-        return build_index(fd, version)
+        return build_index(fd, version, torn)
+    except Exception as error:  # whatever is in one shard, the others go on
+        warnings.warn(f"shard {shard!r} cannot be indexed: {error!r}", stacklevel=2)
+        return empty_index("unreadable", GONE)
     finally:
         os.close(fd)
 

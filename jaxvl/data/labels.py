@@ -1,7 +1,6 @@
 """Labels and ids: a field of the samples as int32, numbers as they are, words by their place among all words in order."""
 
 import json
-import os
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from jaxvl.data.cache import digest
 from jaxvl.data.indexing import cores, parallel, progress
+from jaxvl.data.kept import keep, kept
 from jaxvl.data.source import Record, Source, Want
 
 FIELDS = Want(image=False, captions=False, alternates=False)
@@ -21,18 +21,15 @@ def class_names(sources: Sequence[Source], field: str, folder: str, key: str = "
     Raises ValueError where no sample has the field; it names `key`, the option that asks for the field.
     """
     path = Path(folder) / f"labels-{digest(' '.join([field, *(s.version for s in sources)]))}.json"
-    if path.is_file():
-        return tuple(json.loads(path.read_text()))
+    if (held := kept(path)) is not None:
+        return tuple(json.loads(held))
     jobs = [(source, shard) for source, s in enumerate(sources) for shard in range(len(s.shards))]
     large = sum(int(s.counts.sum()) for s in sources) >= PROCESSES_FROM
     values = set().union(*progress(parallel(_values, (sources, field), jobs, cores() if large else 1), len(jobs), f"reading {field}"))
     if not values:
         raise ValueError(f"{key} is {field!r}, a field that no sample of {', '.join(s.name for s in sources)} has")
     names = () if all(_number(v) is not None for v in values) else tuple(sorted(values))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(names))
-    os.replace(partial, path)
+    keep(path, json.dumps(names).encode())
     return names
 
 
@@ -51,8 +48,8 @@ def _values(shared: tuple[Sequence[Source], str], job: tuple[int, int]) -> set[s
 
 
 def word(value: Any) -> str | None:
-    """A value as the name of a class; None for what names none."""
-    return str(value) if isinstance(value, str | Integral) else None
+    """A value as the name of a class; None for what names none, such as an empty text."""
+    return str(value) if isinstance(value, Integral) or (isinstance(value, str) and value.strip()) else None
 
 
 def _number(value: str) -> int | None:

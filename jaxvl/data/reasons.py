@@ -5,6 +5,9 @@ An index stores a reason by its place here, so words are only ever added at the 
 
 from jaxvl.data.formats import UNREAD, told
 
+LOST = ("truncated", "torn", "empty", "nottar", "pointer", "page", "zstd", "packed", "archive", "special", "unreadable")  # of shards
+NOTES = ("joined",)  # of shards: no damage
+
 REASONS = {
     "truncated": "the sample, or the shard, is cut short",
     "noimage": "the sample has no image",
@@ -28,6 +31,16 @@ REASONS = {
     "unlabelled": "the field that data.label names is missing",
     "unidentified": "the field that data.id names is missing",
     "missing": "a triplet names an image that no shard has",
+    "unended": "the shard has no end mark: it may have been cut between two members",
+    "torn": "the shard's compressed stream is damaged or lacks its end",
+    "hollow": "the shard is a whole tar without a sample",
+    "pointer": "a pointer of Git LFS or git-annex in place of the shard: `git lfs pull` or `git annex get` brings it",
+    "page": "a web page or an error message in place of the shard",
+    "zstd": "the shard is compressed with zstd, which is not read: use gzip, bzip2, xz or none",
+    "packed": "the shard is compressed with lz4, lzip, lzma, compress or snappy, which are not read: use gzip, bzip2, xz or none",
+    "archive": "the shard is a zip, 7z or rar archive or a Parquet file, no tar",
+    "ambiguous": "several images under one key, and none is named KEY.jpg, KEY.png or the like",
+    "joined": "image and caption of each sample have different names, which are laid out by one rule throughout",
 }
 REASONS |= {word: told(word) for word in UNREAD}
 REASONS |= {"noend": "the JPEG lacks its end mark, but nothing of the picture; it is used"}

@@ -55,7 +55,7 @@ class Source(NamedTuple):
 
     counts: int64 [shard] usable samples, bad: int64 [shard] samples known to be bad. read(shard, row, want) gives one
     sample. known() gives the samples known to be bad and the faults of shards. fetch(shard) brings a remote shard
-    near.
+    near. faults: words of reasons.py, each with the shards that it is true of as a whole.
     """
 
     name: str
@@ -66,3 +66,4 @@ class Source(NamedTuple):
     read: Callable[[int, int, Want], Record | Bad]
     known: Callable[[], Iterator[Bad]]
     fetch: Callable[[int], None] | None = None
+    faults: tuple[tuple[str, tuple[int, ...]], ...] = ()

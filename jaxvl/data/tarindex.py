@@ -1,8 +1,9 @@
-"""The index of a tar shard: where the parts of every sample lie, in columns that load by mapping the file.
+"""The index of a tar shard: where the parts of every sample lie, in columns.
 
 An index file is a header, a ROW for each sample that has an image, a BAD for each that cannot be used, the reasons of
 the shard's own damage, and all keys end to end. It takes about 60 bytes a sample, and no Python object until a row is
-read.
+read. The header has a digest of itself, which is checked when a run starts, and one of all that follows, which is
+checked when the shard is opened.
 """
 
 import itertools
@@ -13,14 +14,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxvl.data.kept import SIZE, digest_of, write_whole
+from jaxvl.data.nottar import kind_of
 from jaxvl.data.reasons import REASONS
 from jaxvl.data.targroup import SLOTS, UNCAPTIONED, Sample, group
-from jaxvl.data.tarwalk import walk
+from jaxvl.data.tarwalk import BLOCK, walk
 
 MAGIC = b"jaxvlidx"
-VERSION = 1
-# magic, version, the shard's stamp (two), pairs, images, bad, damages, bytes of keys
-HEADER = struct.Struct("<8sQQQQQQQQ")
+VERSION = 2
+# magic, version, the shard's stamp (two), pairs, images, bad, damages, bytes of keys, digest of what follows the header
+HEADER = struct.Struct(f"<8sQQQQQQQQ{SIZE}s")
+LEAST = 10 * 1024  # bytes of zeros that tar writes where it has no member; more of them are a file that was never filled
 WORDS = tuple(REASONS)
 
 ROW = np.dtype([(f"{slot}_at", "<u8") for slot in SLOTS] + [(f"{slot}_size", "<u4") for slot in SLOTS] + [("key_end", "<u4")])
@@ -68,12 +72,20 @@ class Summary(NamedTuple):
     damages: int
 
 
-def build_index(fd: int, version: tuple[int, int]) -> Index:
-    """Index the tar open at `fd`, whose shard is at stamp `version`. Nothing in the file makes this raise."""
-    samples, damage = group(walk(fd, os.fstat(fd).st_size))
-    if not samples:
-        return empty_index("nottar" if damage else "empty", version)
-    return _index(samples, damage, version)
+class DamagedIndex(ValueError):
+    """An index file is not what was written."""
+
+
+def build_index(fd: int, version: tuple[int, int], torn: bool = False) -> Index:
+    """Index the tar open at `fd`, whose shard is at stamp `version`. torn: it came out of a damaged compressed stream."""
+    length, head = os.fstat(fd).st_size, os.pread(fd, BLOCK, 0)
+    samples, damage = group(walk(fd, length))
+    damage += ("torn",) * torn
+    if samples:
+        return _index(samples, damage, version)
+    if damage:
+        return empty_index("torn" if torn else kind_of(head) or "nottar", version)
+    return empty_index("hollow" if head.strip(b"\0") or BLOCK <= length <= LEAST else "empty", version)
 
 
 def empty_index(reason: str, version: tuple[int, int]) -> Index:
@@ -114,41 +126,50 @@ def exclude(index: Index, failures: dict[int, str]) -> Index:
 
 def save_index(index: Index, path: Path) -> None:
     """Write `index` at `path` in one step, so that no reader ever sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     damage = np.array([WORDS.index(d) for d in index.damage], "<u4")
-    head = HEADER.pack(MAGIC, VERSION, *index.stamp, index.pairs, len(index.rows), len(index.bad), len(damage), len(index.keys))
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "wb") as file:
-        for part in (head, index.rows, index.bad, damage, index.keys):
-            file.write(part if isinstance(part, bytes) else part.tobytes())
-    os.replace(partial, path)
+    body = [part.tobytes() for part in (index.rows, index.bad, damage, index.keys)]
+    counts = index.pairs, len(index.rows), len(index.bad), len(damage), len(index.keys)
+    head = HEADER.pack(MAGIC, VERSION, *index.stamp, *counts, digest_of(*body))
+    write_whole(path, (head, digest_of(head), *body))
+
+
+class _Head(NamedTuple):
+    summary: Summary
+    keys: int
+    digest: bytes
 
 
 def read_summary(path: Path) -> Summary | None:
     """The head of the index file at `path`; None where it is absent, of another version or not whole."""
+    head = _read_head(path)
+    return head and head.summary
+
+
+def _read_head(path: Path) -> _Head | None:
     try:
         with open(path, "rb") as file:
-            magic, version, size, mtime, pairs, images, bad, damages, keys = HEADER.unpack(file.read(HEADER.size))
-            whole = HEADER.size + images * ROW.itemsize + bad * BAD.itemsize + 4 * damages + keys
-            if magic != MAGIC or version != VERSION or os.fstat(file.fileno()).st_size != whole:
-                return None
+            head, seal, length = file.read(HEADER.size), file.read(SIZE), os.fstat(file.fileno()).st_size
+        magic, version, size, mtime, pairs, images, bad, damages, keys, body = HEADER.unpack(head)
     except (FileNotFoundError, struct.error):
         return None
-    return Summary((size, mtime), pairs, images, bad, damages)
+    whole = HEADER.size + SIZE + images * ROW.itemsize + bad * BAD.itemsize + 4 * damages + keys
+    if magic != MAGIC or version != VERSION or seal != digest_of(head) or length != whole:
+        return None
+    return _Head(Summary((size, mtime), pairs, images, bad, damages), keys, body)
 
 
 def load_index(path: Path) -> Index:
-    """Map the index file at `path`. Raises ValueError if it is not whole."""
-    head = read_summary(path)
-    if head is None:
-        raise ValueError(f"{path} is not a whole index of version {VERSION}; delete it and it will be built again")
-    data, at = np.memmap(path, np.uint8, "r").view(np.ndarray), HEADER.size
-    parts = []
-    for dtype, count in ((ROW, head.images), (BAD, head.bad), (np.dtype("<u4"), head.damages)):
+    """The index file at `path`. Raises DamagedIndex if it is not what was written."""
+    head = _read_head(path)
+    body = path.read_bytes()[HEADER.size + SIZE :] if head else b""
+    if head is None or digest_of(body) != head.digest:
+        raise DamagedIndex(f"{path} is damaged, or of another version; `jaxvl data index --rebuild` makes it anew")
+    data, at, parts = np.frombuffer(body, np.uint8), 0, []
+    for dtype, count in ((ROW, head.summary.images), (BAD, head.summary.bad), (np.dtype("<u4"), head.summary.damages)):
         parts.append(data[at : at + count * dtype.itemsize].view(dtype))
         at += count * dtype.itemsize
     rows, bad, damage = parts
-    return Index(rows, bad, data[at:], tuple(WORDS[d] for d in damage), head.pairs, head.stamp)
+    return Index(rows, bad, data[at:], tuple(WORDS[d] for d in damage), head.summary.pairs, head.summary.stamp)
 
 
 def _spans(ends: np.ndarray, start: int) -> list[tuple[int, int]]:

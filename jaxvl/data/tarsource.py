@@ -4,16 +4,17 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxvl.data.cache import Cache, digest, is_remote, open_shard, stamp
-from jaxvl.data.indexing import ensure_indexes, index_path
+from jaxvl.data.cache import Cache, digest, is_remote, open_shard, opened
+from jaxvl.data.indexing import ensure_indexes, index_path, mend
+from jaxvl.data.reasons import NOTES
 from jaxvl.data.source import Bad, Place, Record, Source, Want
-from jaxvl.data.tarindex import Index, Summary, load_index
+from jaxvl.data.tarindex import DamagedIndex, Index, Summary, load_index
 from jaxvl.data.text import LONGEST, Cleaning, Uncaptioned, clean_caption
 
 OPEN_SHARDS = 64  # of a process; a few groups of the order
@@ -33,6 +34,10 @@ class TarFiles(NamedTuple):
     field: str
     cache: Cache
     cleaning: Cleaning
+
+    def at(self, shard: int) -> tuple[str, str, Summary, Cache]:
+        """Name, index file and summary of a shard, and the cache."""
+        return self.shards[shard], self.indexes[shard], self.summaries[shard], self.cache
 
 
 def tar_source(name: str, shards: Sequence[str], place: Place) -> Source:
@@ -64,7 +69,21 @@ def tar_source(name: str, shards: Sequence[str], place: Place) -> Source:
         functools.partial(_read, files),
         functools.partial(_known, files),
         fetch,
+        _faults(files),
     )
+
+
+def _faults(files: TarFiles) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    found: dict[str, list[int]] = {}
+    for shard in files.faulty:
+        if files.summaries[shard].damages:
+            for word in set(_index(*files.at(shard)).damage):
+                found.setdefault(word, []).append(shard)
+    return tuple((word, tuple(shards)) for word, shards in sorted(found.items()))
+
+
+class _Cut(OSError):
+    """An open shard is shorter than it was."""
 
 
 class _Shard:
@@ -73,18 +92,32 @@ class _Shard:
     def __init__(self, fd: int, index: Index) -> None:
         self.fd, self.index = fd, index
 
-    def __del__(self) -> None:
-        os.close(self.fd)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound here: at the end of the process `os` may be gone
+        close(self.fd)
 
 
 @functools.lru_cache(maxsize=OPEN_SHARDS)
-def _open(name: str, index: str, summary: Summary, cache: Cache) -> _Shard:
-    shard = _Shard(open_shard(name, cache), load_index(Path(index)))
-    if shard.index.summary != summary:
+def _open(name: str, path: str, summary: Summary, cache: Cache) -> _Shard:
+    fd, version, _ = opened(name, cache)
+    try:
+        if version != summary.stamp:
+            raise OSError(f"shard {name} has changed since it was indexed; start again, and it is indexed anew")
+        return _Shard(fd, _index(name, path, summary, cache))
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _index(name: str, path: str, summary: Summary, cache: Cache) -> Index:
+    """The index of a shard, built again where its file turns out to be damaged."""
+    try:
+        index = load_index(Path(path))
+    except DamagedIndex:
+        mend(name, summary.stamp, Path(path), cache)
+        index = load_index(Path(path))
+    if index.summary != summary:
         raise OSError(f"the index of shard {name} has been built anew since the data were opened; open them again")
-    if not is_remote(name) and stamp(name) != summary.stamp:
-        raise OSError(f"shard {name} has changed since it was indexed; start again, and it is indexed anew")
-    return shard
+    return index
 
 
 def _fetch(files: TarFiles, shard: int) -> None:
@@ -92,22 +125,31 @@ def _fetch(files: TarFiles, shard: int) -> None:
 
 
 def _read(files: TarFiles, shard: int, row: int, want: Want) -> Record | Bad:
+    try:
+        return _record(files, shard, row, want)
+    except _Cut:
+        _open.cache_clear()  # a copy in the cache that was cut is fetched again when it is opened
+        return _record(files, shard, row, want)
+
+
+def _record(files: TarFiles, shard: int, row: int, want: Want) -> Record | Bad:
     name = files.shards[shard]
-    opened = _open(name, files.indexes[shard], files.summaries[shard], files.cache)
+    opened = _open(*files.at(shard))
     image_at, text_at, json_at, cls_at, image_size, text_size, json_size, cls_size, _ = opened.index.rows[row].item()
     key = opened.index.key(row)
 
     def member(at: int, size: int) -> bytes:
         data = os.pread(opened.fd, size, at)
         if len(data) != size:
-            raise OSError(f"shard {name} ends inside sample {key!r}: it has changed since it was indexed")
+            raise _Cut(f"shard {name} ends inside sample {key!r}: it has changed since it was indexed")
         return data
 
     meta: dict[str, Any] = {}
     if json_at and (want.fields or (want.captions and (want.alternates or files.field))):
         meta = _fields(member(json_at, json_size))
     if cls_at and want.fields:
-        meta["cls"] = member(cls_at, cls_size).decode("utf-8", "replace").strip()
+        with contextlib.suppress(UnicodeDecodeError):  # what cannot be read names no class
+            meta["cls"] = member(cls_at, cls_size).decode().strip()
     try:
         main = [clean_caption(member(text_at, min(text_size, LONGEST)), files.cleaning)] if want.captions and not files.field else []
     except Uncaptioned as error:
@@ -140,8 +182,8 @@ def _fields(data: bytes) -> dict[str, Any]:
 
 def _known(files: TarFiles) -> Iterator[Bad]:
     for shard in files.faulty:
-        index = load_index(Path(files.indexes[shard]))
-        found = [("", reason) for reason in index.damage] + index.bad_keys()
+        index = _index(*files.at(shard))
+        found = [("", reason) for reason in index.damage if reason not in NOTES] + index.bad_keys()
         if files.text:
             found += [
                 (index.key(row), "blank" if index.rows["text_at"][row] else "nocaption") for row in range(index.pairs, len(index.rows))

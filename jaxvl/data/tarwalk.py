@@ -2,15 +2,17 @@
 
 Reads ustar, GNU long names and pax (path and size overrides, sparse files). Nothing is extracted and no link is
 followed: a member is a name, a place and a size. Where a header does not hold, the walk searches onward for the next
-that does, so that the members behind a damaged one are still found.
+that does, so that the members behind a damaged one are still found. It takes time in proportion to the file's length,
+whatever is in it.
 
 | in the file                                       | what the walk makes of it                                  |
 |---------------------------------------------------|------------------------------------------------------------|
 | zero blocks in the middle, tars put end to end    | skipped; members after them count                          |
-| no end-of-archive blocks                          | fine                                                       |
+| no zero block at the end                          | damage "unended": a tar cut between members looks the same |
 | header with a wrong checksum, garbage             | damage "garbage"; search for the next header               |
 | size past the end of the file (truncated, giant)  | member marked truncated; search inside what it claimed     |
 | size that swallows later headers                  | found where the next header does not hold: the same        |
+| pax header that is none, numbers beyond any file  | damage "garbage"; what it says of a member is not used     |
 | symlink, hard link                                | kind "link", never followed                                |
 | FIFO, device                                      | kind "device", never opened                                |
 | sparse file (GNU or pax)                          | kind "sparse", its holes are not filled                    |
@@ -18,15 +20,27 @@ that does, so that the members behind a damaged one are still found.
 | absolute names, "..", NULs, any bytes             | the name is a label only                                   |
 """
 
+import errno
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+import numpy as np
 
 BLOCK = 512
 HEAD = 64  # bytes of a member's data by which its format is told
 WINDOW = 4096  # one read: a caption's header, its text and the next header mostly share a page
-NAME_LIMIT = 1 << 16  # a longer GNU name or pax record is damage, not a name
+NAME_LIMIT = 1 << 16  # a longer name is damage
+LIMITS = {b"L": NAME_LIMIT, b"K": NAME_LIMIT} | dict.fromkeys(
+    (b"x", b"X", b"g"), 1 << 26
+)  # of headers that describe; pax ones hold resource forks too
+DIGITS = 20  # of the largest number that can be meant
+RECORD = re.compile(rb"(\d{1,20}) (?:(path|size|GNU\.sparse\.[a-z.]+)=)?")  # of a pax header: its length, and the key where it matters
+FEW = 8  # candidates, of which one at a time is faster than all at once
+LOOKS = 2  # times the file's length that may be looked over again, for headers that a wrong size has hidden
 MAGIC = 257  # where a header says ustar
+ASCII = bytes(range(128))
 ZERO = bytes(BLOCK)
 KINDS = {
     b"0": "file",
@@ -69,55 +83,68 @@ class _Header(NamedTuple):
 def walk(fd: int, length: int) -> Iterator[Member | Damage]:
     """Members of the tar of `length` bytes open at `fd`, in file order, with the damage met on the way."""
     read = _reader(fd)
-    position = 0
+    position = looked = 0  # looked: bytes passed over in searches, zeros and pax headers
     last: Member | None = None  # its end is proven only by the next header
+    inside: int | None = None  # where the data of the last header begin
     pending: dict[str, Any] = {}  # what long-name and pax headers say of the next member
+    ended = True  # by zeros, or damage that has been told
     while position < length:
         block = read(position, BLOCK)
         if block == ZERO:
-            position = _zeros_end(fd, position, length)
+            begin, position = position, _zeros_end(fd, position, length)
+            looked, ended = looked + position - begin, True
             continue
         header = _parse(block)
         if header is None:
             if block.strip(b"\0"):
                 yield Damage("garbage" if len(block) == BLOCK else "truncated", position)
-            # The size that led here may be the lie, so the search begins inside the last member.
-            found = _search(fd, last.offset if last else position + 1, length)
+                ended = True
+            # The size that led here may be the lie, so the search begins inside what was last.
+            begin = position + 1 if inside is None or looked > LOOKS * length else inside
+            found = _search(fd, begin, length)
             if last is not None:
                 yield last._replace(truncated=found < last.offset + last.size)
-            position, last, pending = found, None, {}
+            looked, position, last, inside, pending = looked + found - begin, found, None, None, {}
             continue
         if last is not None:
             yield last
-            last = None
-        data = position + BLOCK
-        if header.kind in b"LKxXg":
-            if header.size > NAME_LIMIT:
+        data = inside = position + BLOCK
+        last, ended = None, False
+        if header.kind in LIMITS:
+            if header.size > LIMITS[header.kind] or data + header.size > length:
+                yield Damage("garbage" if header.size > LIMITS[header.kind] else "truncated", position)
+                position, inside, pending, ended = _search(fd, data, length), None, {}, True
+                continue
+            if not _override(pending, header.kind, read(data, header.size)):
                 yield Damage("garbage", position)
-                position = _search(fd, data, length)
-            else:
-                _override(pending, header.kind, read(data, header.size))
-                position = data + _padded(header.size)
+            looked, position = looked + header.size, data + _padded(header.size)
             continue
         while header.extended and data < length:  # the hole map of a GNU sparse file goes on in blocks of its own
             header = header._replace(extended=read(data, BLOCK)[504:505] == b"\1")
-            data += BLOCK
+            data = inside = data + BLOCK
+        size = 0 if header.kind in b"123456" else pending.get("size", header.size)
         name = pending.get("name", header.name)
         kind = "sparse" if "sparse" in pending else KINDS.get(header.kind)
         if kind == "file" and name.endswith(b"/"):
             kind = None  # directories of old tars carry the type of a file
-        size = 0 if header.kind in b"123456" else pending.get("size", header.size)
         pending = {}
         member = Member(name, kind, data, size, data + size > length, read(data, HEAD)) if kind else None
         if data + size > length:
             yield Damage("truncated", position)
             if member:
                 yield member
-            position = _search(fd, data, length)
+            position, inside, ended = _search(fd, data, length), None, True
         else:
             last, position = member, data + _padded(size)
     if last is not None:
         yield last
+    if not ended:
+        yield Damage("unended", length)
+
+
+def is_header(block: bytes) -> bool:
+    """Whether a tar may begin with these 512 bytes."""
+    return _parse(block) is not None
 
 
 def _reader(fd: int) -> Callable[[int, int], bytes]:
@@ -137,8 +164,9 @@ def _parse(block: bytes) -> _Header | None:
     stored, size = _number(block[148:156]), _number(block[124:136])
     if stored is None or size is None or len(block) < BLOCK:
         return None
-    total = sum(block) - sum(block[148:156]) + 256
-    if stored != total and stored != total - 256 * sum(b > 127 for b in block[:148] + block[156:]):  # signed bytes of old tars
+    rest = block[:148] + block[156:]
+    total = sum(rest) + 256
+    if stored != total and stored != total - 256 * len(rest.translate(None, ASCII)):  # signed bytes of old tars
         return None
     name = block[:100].split(b"\0", 1)[0]
     if block[257:263] == b"ustar\0" and block[345:346] != b"\0":
@@ -154,23 +182,30 @@ def _number(field: bytes) -> int | None:
     return int(digits, 8) if digits.isdigit() and not digits.strip(b"01234567") else None
 
 
-def _override(pending: dict, kind: bytes, data: bytes) -> None:
-    """Take what a GNU long name or a pax header says about the next member."""
+def _override(pending: dict, kind: bytes, data: bytes) -> bool:
+    """Take what a GNU long name or a pax header says about the next member; False where it is damaged."""
     if kind == b"L":
         pending["name"] = data.split(b"\0", 1)[0]
-    elif kind in b"xX":
-        while data:
-            length, _, rest = data.partition(b" ")
-            if not length.isdigit() or not len(length) + 2 < int(length) <= len(data):
-                return
-            key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
-            data = data[int(length) :]
-            if key in (b"path", b"GNU.sparse.name"):
-                pending["name"] = value
-            elif key == b"size" and value.isdigit():
-                pending["size"] = int(value)
-            if key.startswith(b"GNU.sparse."):
-                pending["sparse"] = True
+    if kind not in b"xX":
+        return True
+    at = 0
+    while at < len(data) and data[at]:  # some writers fill up with zeros
+        record = RECORD.match(data, at)
+        if record is None or not record.end() < (end := at + int(record[1])) <= len(data):
+            return False
+        key, at = record[2], end
+        if key is None:
+            continue
+        value = data[record.end() : min(end - 1, record.end() + NAME_LIMIT)]
+        if key == b"size":
+            if not value.isdigit() or len(value) > DIGITS:
+                return False
+            pending["size"] = int(value)
+        elif key in (b"path", b"GNU.sparse.name") and value:
+            pending["name"] = value
+        if key.startswith(b"GNU.sparse."):
+            pending["sparse"] = True
+    return True
 
 
 def _padded(size: int) -> int:
@@ -179,13 +214,19 @@ def _padded(size: int) -> int:
 
 def _zeros_end(fd: int, position: int, length: int) -> int:
     """The first block from `position` on that is not all zeros; `length` if there is none."""
+    step = WINDOW
     while position < length:
-        chunk = os.pread(fd, 1 << 20, position)
+        chunk = os.pread(fd, step, position)
         rest = chunk.lstrip(b"\0")
         if rest or not chunk:
             return position + (len(chunk) - len(rest)) // BLOCK * BLOCK if rest else length
-        position += len(chunk)
-    return length
+        position, step = position + len(chunk), min(2 * step, 1 << 20)
+        try:
+            position += max(0, os.lseek(fd, position, os.SEEK_DATA) - position) // BLOCK * BLOCK  # over the holes of a sparse file
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole is left
+                return length
+    return min(position, length)
 
 
 def _search(fd: int, position: int, length: int) -> int:
@@ -193,15 +234,29 @@ def _search(fd: int, position: int, length: int) -> int:
 
     Any byte, not only whole blocks: behind bytes that were lost or put in, a tar goes on out of step.
     """
-    step = WINDOW
+    step = BLOCK  # mostly the next header is right here
     while position < length:
         chunk = os.pread(fd, step + BLOCK, position)
-        at = chunk.find(b"ustar", MAGIC)
-        while 0 <= at < step + MAGIC:
-            block = chunk[at - MAGIC : at - MAGIC + BLOCK]
-            if _parse(block) is not None:
-                return position + at - MAGIC
-            at = chunk.find(b"ustar", at + 1)
+        starts = [m.start() - MAGIC for m in re.finditer(b"ustar", chunk)]
+        starts = [s for s in starts if 0 <= s <= min(step, len(chunk) - BLOCK)]
+        for at in starts if len(starts) <= FEW else _sums_hold(chunk, np.array(starts)):
+            if _parse(chunk[at : at + BLOCK]) is not None:
+                return position + at
         position += step
         step = min(2 * step, 1 << 20)
     return length
+
+
+def _sums_hold(chunk: bytes, starts: np.ndarray) -> list[int]:
+    """Of `starts`, int64 [n] offsets of blocks in `chunk`, those whose checksum may hold; all at once, since a file can be full of them."""
+    data = np.frombuffer(chunk, np.uint8)
+    stored, unread = np.zeros(len(starts), np.int64), np.ones(len(starts), bool)
+    for place in range(148, 156):  # octal digits, with spaces before or behind, up to a NUL
+        letter = data[starts + place]
+        unread &= letter != 0
+        stored = np.where(unread & (letter >= 48) & (letter < 56), stored * 8 + letter - 48, stored)
+    over = lambda values: (lambda c: c[starts + BLOCK] - c[starts] - c[starts + 156] + c[starts + 148])(
+        np.append(0, np.cumsum(values, dtype=np.int64))
+    )
+    total = over(data) + 256
+    return starts[(stored == total) | (stored == total - 256 * over(data > 127))].tolist()

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from jaxvl.data.cache import Cache, stamp
 from jaxvl.data.indexing import ensure_indexes, index_path
-from jaxvl.data.reasons import REASONS
+from jaxvl.data.reasons import LOST, REASONS
 from jaxvl.data.tarindex import build_index, exclude, load_index, read_summary, save_index
 from jaxvl.data.tarwalk import Member, walk
 from tests.data.broken_tars import BLOCK, header_at, with_size
@@ -89,12 +89,7 @@ def test_damage_costs_only_the_samples_it_touches(at: int, lost: int, put: bytes
 @settings(max_examples=60, deadline=None)
 def test_noise_is_no_tar_and_does_no_harm(noise: bytes) -> None:
     index = index_of(noise)
-    assert len(index.rows) == 0 and index.damage in (("nottar",), ("empty",))
-
-
-def test_a_million_magics_take_no_time() -> None:
-    """A search meets "ustar" at every sixth byte: each is looked at once."""
-    index_of(b"ustar " * 200_000)
+    assert len(index.rows) == 0 and index.damage[0] in LOST and len(index.damage) == 1
 
 
 def test_interleaved_far_apart_and_nested_members() -> None:
