@@ -19,9 +19,8 @@ def get_config() -> ConfigDict:
     config.image = dict(kind="mobilenet", statistics="batch", head_bias=True, dtype="float32")
     config.text = dict(kind="lstm", word_dim=512, width=1024)
     config.tokenizer = dict(name="words", context_length=32, vocab_size=16_384, end=False)
-    config.data = dict(
-        source="/data/f200k/train-*.tar", triplets="siblings", draws=3, image_size=224, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0)
-    )
+    # A random square of all the shorter side, where evaluation takes the middle one.
+    config.data = dict(source="/data/f200k/train-*.tar", triplets="siblings", draws=3, image_size=224, crop="side", crop_scale=(1.0, 1.0))
     config.augment = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), flip=0.5)
     # VAL's Adam at 2e-4 falls tenfold at half of 160k steps; the cosine has the same mean rate and no step to place.
     config.optim = dict(learning_rate=2e-4, schedule="cosine", b2=0.999, eps=1e-8, weight_decay=4e-5, clip_norm=0.0, ema_decay=0.9999)

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
         captions="optional",
         draws=1,
         image_size=256,
-        crop_scale=(0.83, 1.0),
+        crop_scale=(256 / 280, 1.0),  # VAL resizes the shorter side to between 256 and 280 pixels and cuts 256 out
     )
     config.optim.update(schedule="constant")
     config.train = dict(batch_size=32, steps=50_000)

@@ -9,7 +9,8 @@ import pytest
 from running import leaves, metrics
 
 from jaxvl import assembly, config as configs, manifest, train, words
-from jaxvl.data import lexicon
+from jaxvl.data import decode, lexicon
+from jaxvl.data.dataset import decode_options
 from jaxvl.mesh import make_mesh
 from jaxvl.methods.method import Run
 from jaxvl.parts import assemble
@@ -75,3 +76,12 @@ def test_two_steps_resumed_bit_for_bit(file, tmp_path):
     if file.stem == "lexvla_mini":
         page = words.run(run, [], images=3).read_text()
         assert page.count('class="card"') == 3 and "step</em> 2<" in page
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_every_recipe_cuts_at_random(file):
+    """More than one part is seen of a photograph, upright or not, and of the square pictures that the small recipes are for."""
+    data = configs.read(configs.load(str(file))).data
+    for size in ((64, 64),) if file.stem.endswith(("small", "mini", "quickstart")) else ((640, 480), (480, 640)):
+        boxes = {decode.random_box(*size, decode_options(data), np.random.default_rng(seed).random(decode.UNIFORMS)) for seed in range(40)}
+        assert len(boxes) > 10, f"{size}: {boxes}"

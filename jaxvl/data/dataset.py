@@ -43,7 +43,7 @@ class DataOptions(NamedTuple):
     samples of a class in a batch, 0 for a random order (balanced.py). triplets: "beside", "siblings",
     "attributes" or paths of files, see triplets.py; training samples are then triplets, and with `pairs` each image that is in none
     as a pair with its caption. triplet_text: what a list of texts for one change is. sibling_rule: see siblings.py. draws: triplets
-    drawn for each image in an epoch. attributes: fields of KEY.json, for triplets "attributes". image_size: pixels a side; crop_scale, crop_ratio, fit, dct_margin,
+    drawn for each image in an epoch. attributes: fields of KEY.json, for triplets "attributes". image_size: pixels a side; crop, crop_scale, crop_ratio, fit, dct_margin,
     min_side, max_pixels: see decode.py. resize: where training crops are resized; "device" saves the host the work and
     ships canvases of up to 3.5 times the bytes. group_shards: shards whose samples are shuffled together, 0 for all. chunk:
     samples that one thread prepares at a time. threads (of each process) and workers (processes): 0 and -1 choose by
@@ -72,6 +72,7 @@ class DataOptions(NamedTuple):
     draws: int = 1
     attributes: tuple[str, ...] = ()
     image_size: int = CROP.size
+    crop: Literal["area", "side"] = CROP.crop
     crop_scale: tuple[float, float] = CROP.crop_scale
     crop_ratio: tuple[float, float] = CROP.crop_ratio
     fit: Literal["crop", "squash"] = "crop"

@@ -40,14 +40,17 @@ LONGEST = 64  # pixels that one of a result is weighed from, along a side much l
 class DecodeOptions(NamedTuple):
     """What decode_train and decode_eval return, and what they refuse.
 
-    size: pixels a side of the result. crop_scale: range of the random crop's area as a share of the image's, and crop_ratio
-    of its width over its height. fit: for evaluation, "crop" takes the largest centred square and "squash" the whole image.
+    size: pixels a side of the result. crop: the random crop of training. "area": crop_scale is the range of its area as a share of
+    the image's, and crop_ratio of its width over its height. "side": a square anywhere, whose side is that share of the image's shorter
+    side, as if that had been resized to size / share pixels and a square of `size` cut out. fit: for evaluation, "crop" takes the
+    largest centred square and "squash" the whole image.
     dct_margin: in training, a JPEG is decoded at 1/2 or 1/4 size where the crop still has dct_margin * size pixels a side: half
     the pixels of the result by default. 1 never enlarges what was decoded, evaluation keeps EVAL_MARGIN; infinity always decodes
     in full. min_side, max_pixels: smaller and larger images are refused.
     """
 
     size: int = 224
+    crop: Literal["area", "side"] = "area"
     crop_scale: tuple[float, float] = (0.9, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     fit: Literal["crop", "squash"] = "crop"
@@ -60,7 +63,13 @@ def check(options: DecodeOptions) -> None:
     """Raise ValueError for a value that cannot be meant."""
     low, high = options.crop_scale
     if not 0 < low <= high <= 1:
-        raise ValueError(f"crop_scale is {options.crop_scale}; it takes two shares of the area, 0 < low <= high <= 1")
+        raise ValueError(
+            f"crop_scale is {options.crop_scale}; it takes two shares of the image's area or shorter side, 0 < low <= high <= 1"
+        )
+    if options.crop not in ("area", "side"):
+        raise ValueError(f"crop is {options.crop!r}; it takes 'area' or 'side'")
+    if options.crop == "side" and options.fit != "crop":
+        raise ValueError(f"fit is {options.fit!r} with crop 'side', whose squares squash nothing; set it to 'crop', so that evaluation sees the like")
     low, high = options.crop_ratio
     if not 0 < low <= high:
         raise ValueError(f"crop_ratio is {options.crop_ratio}; it takes two ratios of width to height, 0 < low <= high")
@@ -120,7 +129,7 @@ def canvas_views(image: bytes, options: DecodeOptions, uniforms: np.ndarray) -> 
 
 def canvas_side(options: DecodeOptions) -> int:
     """Pixels a side of the canvas that holds the crop of any JPEG as dct_margin has it decoded."""
-    widest = max(options.crop_ratio[1], 1 / options.crop_ratio[0])
+    widest = max(options.crop_ratio[1], 1 / options.crop_ratio[0]) if options.crop == "area" else 1.0
     return math.ceil(2 * min(options.dct_margin, 1.0) * widest * options.size) + 2
 
 
@@ -142,13 +151,18 @@ def decode_eval(image: bytes, options: DecodeOptions) -> np.ndarray:
 
 
 def random_box(width: int, height: int, options: DecodeOptions, uniforms: np.ndarray) -> Box:
-    """The random resized crop of Inception training (Szegedy et al., 2015), whole pixels: of ten tries, the first that fits.
+    """The random crop of training, whole pixels: for "side" a square anywhere; for "area" the random resized crop of Inception training
+    (Szegedy et al., 2015), of ten tries the first that fits.
 
     Area is uniform in crop_scale and the logarithm of the ratio in that of crop_ratio. Where no try fits, the largest
     centred box with the nearest allowed ratio.
     """
     u = uniforms.tolist()
     (small, large), (narrow, broad) = options.crop_scale, options.crop_ratio
+    if options.crop == "side":
+        side = max(1, round(min(width, height) * (small + (large - small) * u[0])))
+        x, y = int(u[20] * (width - side + 1)), int(u[21] * (height - side + 1))
+        return x, y, x + side, y + side
     for i in range(0, 20, 2):
         area = width * height * (small + (large - small) * u[i])
         ratio = narrow * (broad / narrow) ** u[i + 1]

@@ -145,6 +145,23 @@ def test_random_box_follows_the_ten_tries():
     assert random_box(1, 1, DecodeOptions(), draws(0)) == (0, 0, 1, 1)
 
 
+def test_squares_of_the_shorter_side_lie_anywhere():
+    options = OPTIONS._replace(crop="side", crop_scale=(0.8, 1.0))
+    boxes = np.array([random_box(320, 240, options, draws(seed)) for seed in range(400)])
+    sides = boxes[:, 2] - boxes[:, 0]
+    np.testing.assert_array_equal(sides, boxes[:, 3] - boxes[:, 1])
+    assert sides.min() in range(192, 195) and sides.max() in range(238, 241)
+    assert boxes.min() == 0 and boxes[:, 2].max() == 320 and boxes[:, 3].max() == 240
+    assert np.allclose(boxes[:, :2].mean(0) / (np.array([320, 240]) - sides.mean()), 0.5, atol=0.1)
+    whole = options._replace(crop_scale=(1.0, 1.0))
+    assert len({random_box(320, 240, whole, draws(seed)) for seed in range(200)}) > 60  # of 81
+    assert {random_box(30, 30, whole, draws(seed)) for seed in range(9)} == {(0, 0, 30, 30)}
+    assert random_box(1, 9, whole, draws(0))[2] == 1
+    flat = encode(picture(60, 40, 0), "PNG")
+    np.testing.assert_array_equal(decode_train(flat, whole._replace(dct_margin=1.0), np.full(decode.UNIFORMS, 0.5)), decode_eval(flat, OPTIONS))
+    assert decode.canvas_side(options) == 2 + int(np.ceil(2 * 0.7 * 32)) < decode.canvas_side(OPTIONS)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(kind, orientation):
@@ -314,6 +331,8 @@ def test_threads_and_later_calls_leave_a_result_alone():
         {"crop_scale": (0.5, 1.1)},
         {"crop_ratio": (2, 1)},
         {"fit": "pad"},
+        {"fit": "squash", "crop": "side"},
+        {"crop": "centre"},
         {"dct_margin": 0},
         {"size": 0},
         {"min_side": 0},
