@@ -25,7 +25,9 @@ def get_config(coco: str = "") -> ConfigDict:
     config.tokenizer = dict(name="/models/llama2-7b/tokenizer", vocab_size=32_000, context_length=116, end=False, prompt="focus", caption_length=64,
                             lexicon="ascii_lower_len2")  # fmt: skip
     # The paper says nothing of crops: a random square of all the shorter side, where evaluation takes the middle one.
-    config.data = dict(source="/data/cc12m/{00000..01242}.tar", image_size=224, crop="side", crop_scale=(1.0, 1.0), captions="first", group_shards=32)
+    config.data = dict(
+        source="/data/cc12m/{00000..01242}.tar", image_size=224, crop="side", crop_scale=(1.0, 1.0), captions="first", group_shards=32
+    )
     config.augment = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     # Adam of the paper: no decay, no clipping. Besides the adapters of the decoder these train, and all else stands still.
     config.optim = dict(learning_rate=5e-4, schedule="cosine", b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=0.0,

@@ -34,6 +34,7 @@ def get_config(name: str = "emoji") -> ConfigDict:
         mlp2=128,
         frozen_image=False,
         word_weight=1.0,
+        text_codebook="trained",
         image_weight=1.0,
         text_weight=1.0,
         penalty_warmup=100,
@@ -47,7 +48,7 @@ def get_config(name: str = "emoji") -> ConfigDict:
     config.data = dict(source=chosen["source"], image_size=40, crop_scale=(0.7, 1.0), captions=chosen["captions"])
     config.augment = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     config.optim = dict(learning_rate=2e-3, schedule="cosine", warmup_steps=40, b2=0.999, weight_decay=0.05,
-                        groups=((r"^(image|adapter|image_codebook|text|t$)($|/)", 1.0),))  # fmt: skip
+                        groups=((r"^(image|adapter|(image|text)_codebook|text|t$)($|/)", 1.0),))  # fmt: skip
     config.train = dict(batch_size=64, steps=chosen["steps"])
     config.checkpoint = dict(every=250, best="val/rsum")
     config.log = dict(every=10)

@@ -8,6 +8,7 @@ import json
 import zlib
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,8 +20,9 @@ from jaxvl.data import lexicon
 from jaxvl.data.dataset import Dataset, open_data
 from jaxvl.data.stream import train_batches
 from jaxvl.interop import initial
-from jaxvl.mesh import check_batch, make_mesh, place, process_rows
+from jaxvl.mesh import check_batch, make_mesh, path_str, place, process_rows
 from jaxvl.methods.method import for_faces
+from jaxvl.optim import OptimOptions, frozen
 from jaxvl.plan import record
 from jaxvl.progress import say
 from jaxvl.report.metrics import write_atomic
@@ -71,6 +73,8 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
             lexicon.same(parts.tokenizer, restored.meta, workdir)
         rows = process_rows(mesh, batch_size)
         compiled.keep(workdir)
+        if fresh:
+            _tell_random(start, plan.state.params, parts.recipe.optim)
         with log.pause("compile"):
             train_step = jax.jit(plan.step, donate_argnums=0, out_shardings=plan.out_shardings).lower(plan.state, plan.batch).compile()
 
@@ -171,6 +175,17 @@ def evaluate(workdir: Path, overrides: list[str], *, step: int | None = None, em
         (workdir / "eval.json").write_text(json.dumps({"step": found.step, "ema": ema, **values}, indent=2))
         report.print_values(values)
     return 0
+
+
+def _tell_random(start: dict[str, initial.Leaf], params: Any, optim: OptimOptions) -> None:
+    """Name what stands still at random numbers, since no file gives it others: what trains beside it learns to live with noise."""
+    still = {path_str(path): flag is True for path, flag in jax.tree_util.tree_leaves_with_path(frozen(optim, params))}
+    random = sorted({path.partition("/")[0] for path, frozen in still.items() if frozen and path not in start})
+    if random:
+        say(
+            f"note: config.optim lets {', '.join(random)} stand still, in whole or in part, at the random numbers of the start; "
+            f"config.init gives them no others"
+        )
 
 
 def _same_everywhere(dataset: Dataset) -> None:

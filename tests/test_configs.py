@@ -56,7 +56,7 @@ def test_full_size_in_shapes(file):
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.stem not in ALIKE], ids=lambda f: f.stem)
-def test_two_steps_resumed_bit_for_bit(file, tmp_path):
+def test_two_steps_resumed_bit_for_bit(file, tmp_path, capfd):
     """The run of two steps, and for RESUMED the same run that lost its last checkpoint and went on from the one before."""
     config = shrink(configs.load(str(file)))
     if file.stem == "hpl_cub200":
@@ -65,6 +65,9 @@ def test_two_steps_resumed_bit_for_bit(file, tmp_path):
     assert train.train(config, run) == 0
     logged, final = metrics(run), leaves(run, step=2)
     assert [row["step"] for row in logged if "loss" in row] == [1, 2]
+    # A decoder that should have read, and here has no file to come from.
+    told = "lets image, text, text_codebook stand still" in "".join(capfd.readouterr())
+    assert told == (file.stem == "lexvla_cc12m")
     if file.stem not in RESUMED:
         return
     manifest.delete(run / "checkpoints", 2)

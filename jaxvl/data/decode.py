@@ -69,7 +69,9 @@ def check(options: DecodeOptions) -> None:
     if options.crop not in ("area", "side"):
         raise ValueError(f"crop is {options.crop!r}; it takes 'area' or 'side'")
     if options.crop == "side" and options.fit != "crop":
-        raise ValueError(f"fit is {options.fit!r} with crop 'side', whose squares squash nothing; set it to 'crop', so that evaluation sees the like")
+        raise ValueError(
+            f"fit is {options.fit!r} with crop 'side', whose squares squash nothing; set it to 'crop', so that evaluation sees the like"
+        )
     low, high = options.crop_ratio
     if not 0 < low <= high:
         raise ValueError(f"crop_ratio is {options.crop_ratio}; it takes two ratios of width to height, 0 < low <= high")

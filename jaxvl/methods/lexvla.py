@@ -17,7 +17,8 @@ the important words of a caption answers with the state :math:`z_\text{txt}` fro
 
 The authors have published no code. What the paper leaves open is an option here: which tokens take part in the maximum (`pool`), the adapter
 (`adapter`), the penalty's scope, weight and batch, how the scale is bounded (`clip`), and the words (config.tokenizer.lexicon).
-A decoder that starts from random numbers knows no words; `word_weight` teaches it those of its captions, which no part of the paper does.
+A decoder that starts from random numbers knows no words, and its rows :math:`Z_\text{txt}` mean nothing: `word_weight` teaches it those of its
+captions and `text_codebook` lets the rows train, which no part of the paper does.
 """
 
 import math
@@ -30,7 +31,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxvl.losses import lexical as losses
-from jaxvl.methods.method import Batch, Method, Run, in_sequence, split_key
+from jaxvl.methods.method import Batch, Method, Run, in_sequence, split_key, unit
 from jaxvl.models import lexical, sparse, text as texts, vit as vits
 from jaxvl.models.flops import text_flops, vit_flops
 from jaxvl.models.lexical import Activation, Adapter, AdapterOptions, Layout
@@ -53,7 +54,8 @@ class LexvlaOptions(NamedTuple):
     maximum, as in equation 4, or "patches" alone. adapter: "block_mlp", one attention layer and two perceptrons, or "attn_mlp", one and one; mlp2 is 0
     for the width with which that comes to the paper's size. frozen_image: no gradient for the image tower; its features are computed once a step
     however the batch is cut. fused: whether the maximum is streamed, see `models/lexical.py`. shared_prefix: what all prompts begin with is
-    read once a step. word_weight: of the cross entropy of the decoder's words against those of the caption.
+    read once a step. word_weight: of the cross entropy of the decoder's words against those of the caption. text_codebook: Z_txt is "frozen" as in the
+    paper, for a decoder that has read; "trained" like Z_img; or "tied", the unit rows of the decoder's embeddings of the words, as they are in each step.
 
     temperature: initial e^-t. max_scale: bound of e^t; clip: "forward" in the logits, beyond which t has no gradient, or "param", t itself before
     every step. reduce: "sum" of both directions or "mean". impl: see `losses/infonce.py`. penalty: of both sides, on the unit vectors;
@@ -76,6 +78,7 @@ class LexvlaOptions(NamedTuple):
     fused: bool = True
     shared_prefix: bool = True
     word_weight: float = 0.0
+    text_codebook: Literal["frozen", "trained", "tied"] = "frozen"
     temperature: float = 0.07
     max_scale: float = 100.0
     clip: Literal["forward", "param"] = "forward"
@@ -104,7 +107,7 @@ def complete(options: LexvlaOptions, run: Run) -> LexvlaOptions:
 
 
 def build(image: VitOptions, text: TextOptions, options: LexvlaOptions = LexvlaOptions()) -> Method:
-    """LexVLA with params {"image", "adapter", "image_codebook", "text", "text_codebook", "t"} and the step in memory.
+    """LexVLA with params {"image", "adapter", "image_codebook", "text", "text_codebook" unless it is tied, "t"} and the step in memory.
 
     Embeddings are float32 [b, V]: not negative, of unit norm. Raises ValueError for options that cannot be.
     """
@@ -125,9 +128,7 @@ def build(image: VitOptions, text: TextOptions, options: LexvlaOptions = LexvlaO
         images = jnp.zeros((1, *batch_spec["image"].shape[1:]))
         decoder = f_txt.init(keys[1], jnp.zeros((1, batch_spec["tokens"].shape[1]), jnp.int32))["params"]
         # Of a decoder that has no output matrix, the directions in which it reads the words.
-        Z = jax.random.normal(keys[3], (rows, d))
-        Z = Z.at[: len(o.words)].set(decoder["embed"][jnp.asarray(o.words, jnp.int32)]) if o.words else Z
-        Z = Z * lax.rsqrt(jnp.sum(Z * Z, -1, keepdims=True))
+        Z = rows_of(decoder) if o.words else unit(jax.random.normal(keys[3], (rows, d)))
         t = -jnp.log(jnp.float32(o.temperature))
         adapter = g_img.init(keys[2], jnp.zeros((1, 2, image.width)))["params"]
         params = {
@@ -135,10 +136,22 @@ def build(image: VitOptions, text: TextOptions, options: LexvlaOptions = LexvlaO
             "adapter": adapter,
             "text": decoder,
             "image_codebook": Z,
-            "text_codebook": Z,
             "t": t,
         }
+        if o.text_codebook != "tied":
+            params["text_codebook"] = Z
         return params, {"step": jnp.int32(0)}
+
+    def rows_of(decoder: dict) -> jax.Array:
+        """The directions in which a decoder reads the words, [rows, d]; rows of no word are zero."""
+        Z = unit(decoder["embed"][jnp.asarray(o.words, jnp.int32)].astype(jnp.float32))
+        return jnp.pad(Z, ((0, rows - V), (0, 0)))
+
+    def text_codebook(params: dict) -> jax.Array:
+        """Z_txt."""
+        if o.text_codebook == "tied":
+            return rows_of(params["text"])
+        return lax.stop_gradient(params["text_codebook"]) if o.text_codebook == "frozen" else params["text_codebook"]
 
     def features(params: dict, batch: Batch) -> Batch:
         """f_img of the batch, as the batch has it where `encode` should not compute it again."""
@@ -160,7 +173,7 @@ def build(image: VitOptions, text: TextOptions, options: LexvlaOptions = LexvlaO
             kept = f_txt.apply(decoder, jnp.asarray([shared], jnp.int32), keys_values=True).keys_values
             tokens = tokens[:, len(shared) :]
         z_txt = f_txt.apply(decoder, tokens, prefix=kept, rngs=None if key is None else {"dropout": key}).pooled
-        return lexical.logits(z_txt, lax.stop_gradient(params["text_codebook"]))
+        return lexical.logits(z_txt, text_codebook(params))
 
     s = lambda logits: lexical.vectors(logits, o.activation, V)
 
@@ -185,7 +198,7 @@ def build(image: VitOptions, text: TextOptions, options: LexvlaOptions = LexvlaO
 
     def embed_words(params: dict, columns: jax.Array) -> jax.Array:
         """s of words alone: the row of a word takes the place of z_txt."""
-        Z_txt = params["text_codebook"]
+        Z_txt = text_codebook(params)
         return s(lexical.logits(Z_txt[columns], Z_txt))[:, :V]
 
     def words_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -242,7 +255,7 @@ def build(image: VitOptions, text: TextOptions, options: LexvlaOptions = LexvlaO
         rules=((r"(^|/)(t|step)$", P()), *lexical.RULES, *RULES),
         constrain=(lambda params: {**params, "t": jnp.minimum(params["t"], math.log(o.max_scale))}) if o.clip == "param" else None,
         features=features if o.frozen_image else None,
-        constant=r"^text_codebook$|^image/" if o.frozen_image else r"^text_codebook$",
+        constant="|".join(["^text_codebook$"] * (o.text_codebook == "frozen") + ["^image/"] * o.frozen_image),
     )
 
 
@@ -269,8 +282,11 @@ def resolve(image: VitOptions, text: TextOptions, o: LexvlaOptions) -> tuple[Lex
     for key in ("image_weight", "text_weight", "word_weight", "penalty_warmup", "tail", "head"):
         if getattr(o, key) < 0:
             raise ValueError(f"config.method.{key} is {getattr(o, key)}; it must be at least 0")
-    if o.word_weight and not o.words:
-        raise ValueError("config.method.word_weight needs the words of a tokenizer; set config.tokenizer.lexicon")
+    for key, asked in (("word_weight", o.word_weight), ("text_codebook", o.text_codebook == "tied")):
+        if asked and not o.words:
+            raise ValueError(
+                f"config.method.{key} is {getattr(o, key)!r}, which needs the words of a tokenizer; set config.tokenizer.lexicon"
+            )
     for key, legal in (("activation", Activation), ("penalty", Penalty)):
         if getattr(o, key) not in get_args(legal):
             raise ValueError(f"config.method.{key} is {getattr(o, key)!r}; it must be one of {', '.join(get_args(legal))}")

@@ -158,7 +158,9 @@ def test_squares_of_the_shorter_side_lie_anywhere():
     assert {random_box(30, 30, whole, draws(seed)) for seed in range(9)} == {(0, 0, 30, 30)}
     assert random_box(1, 9, whole, draws(0))[2] == 1
     flat = encode(picture(60, 40, 0), "PNG")
-    np.testing.assert_array_equal(decode_train(flat, whole._replace(dct_margin=1.0), np.full(decode.UNIFORMS, 0.5)), decode_eval(flat, OPTIONS))
+    np.testing.assert_array_equal(
+        decode_train(flat, whole._replace(dct_margin=1.0), np.full(decode.UNIFORMS, 0.5)), decode_eval(flat, OPTIONS)
+    )
     assert decode.canvas_side(options) == 2 + int(np.ceil(2 * 0.7 * 32)) < decode.canvas_side(OPTIONS)
 
 

@@ -195,6 +195,34 @@ def test_codebooks_start_as_the_words_of_the_decoder():
     assert memory == {"step": 0}
 
 
+def test_a_codebook_of_a_decoder_that_has_not_read_is_trained_or_tied():
+    """Trained it starts as the frozen one and has a gradient of its own; tied it is the decoder's rows at every step, whose gradient they get."""
+    spec = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch().items()}
+    made = {mode: lexvla.build(IMAGE, TEXT, OPTIONS._replace(text_codebook=mode)) for mode in ("frozen", "trained", "tied")}
+    params = {mode: method.init(KEY, spec)[0] for mode, method in made.items()}
+    jax.tree.map(np.testing.assert_array_equal, params["frozen"], params["trained"])
+    assert "text_codebook" not in params["tied"]
+    losses = {
+        mode: jax.device_get(jax.jit(jax.value_and_grad(lambda p, m=method: m.loss(p, start()[1], batch(), None)[0]))(params[mode]))
+        for mode, method in made.items()
+    }
+    for mode in ("trained", "tied"):
+        close(losses[mode][0], losses["frozen"][0], rtol=1e-5)
+    frozen, trained, tied = (losses[mode][1] for mode in made)
+    assert not frozen["text_codebook"].any()
+    assert np.abs(trained["text_codebook"][:V]).max(1).all() and not trained["text_codebook"][V:].any()
+    same_rows = np.setdiff1d(np.arange(30), WORDS)
+    close(tied["text"]["embed"][same_rows], frozen["text"]["embed"][same_rows], atol=1e-5)
+    # d/dr of r / |r| takes what is along r out of the codebook's gradient.
+    r = np.asarray(params["tied"]["text"]["embed"])[list(WORDS)]
+    length, g = np.linalg.norm(r, axis=1, keepdims=True), np.asarray(trained["text_codebook"])[:V]
+    want = (g - (g * r).sum(1, keepdims=True) * r / length**2) / length
+    close(tied["text"]["embed"][list(WORDS)] - frozen["text"]["embed"][list(WORDS)], want, rtol=1e-3, atol=1e-5)
+    columns = jnp.arange(3)
+    close(made["tied"].embed_words(params["tied"], columns), made["frozen"].embed_words(params["frozen"], columns), rtol=1e-5)
+    assert made["trained"].constant == made["tied"].constant == "^image/"
+
+
 def test_the_run_tells_the_words():
     choice = METHODS["lexvla"]
     made = choice.complete(
@@ -220,7 +248,8 @@ def test_what_the_method_takes_as_constant_must_be_frozen():
     ({}, {}, dict(entries=13), "config.method.words are 12 ids up to 27, for 13 entries"),
     (dict(head=8), {}, {}, "config.image.head is 8"),
     ({}, dict(causal=False), {}, "config.method.shared_prefix is True"),
-    ({}, {}, dict(words=()), "config.method.word_weight needs the words"),
+    ({}, {}, dict(words=()), "config.method.word_weight is 0.5, which needs the words"),
+    ({}, {}, dict(words=(), word_weight=0.0, text_codebook="tied"), "config.method.text_codebook is 'tied', which needs the words"),
     ({}, {}, dict(penalty="l1"), "config.method.penalty is 'l1'; it must be one of overuse, flops, none"),
     ({}, {}, dict(image_weight=-1.0), "config.method.image_weight is -1.0"),
     ({}, {}, dict(adapter_heads=3), "config.method.adapter_heads is 3, which does not divide"),
