@@ -2,17 +2,15 @@
 
 import argparse
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from jaxvl import faults
 from jaxvl.terminal import guard, tell, visible
 
-# What XLA says of a lost peer or device, at times in a ValueError: nothing that a person can mend in a config, and a restart may.
-RUNTIME = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|DATA_LOSS): ")
 DESCRIPTION = "Vision-language pre-training in JAX: train, evaluate, prepare data, measure."
 
 
@@ -221,16 +219,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return RUN[known.verb](known, overrides)
     except KeyboardInterrupt:
+        tell(f"jaxvl {known.verb}: interrupted", error=True)
         return _leave(130)
+    except BrokenPipeError:  # the reader of the output has gone, as `jaxvl ... | head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _leave(141)
     except Exception as error:
-        if not isinstance(error, (ValueError, OSError)) or os.environ.get("JAXVL_TRACEBACK"):
+        return _leave(_told(known.verb, error))
+
+
+def _told(verb: str, error: Exception) -> int:
+    """Say what went wrong, and return the exit status: 2 for what a person can mend, 1 for what a restart may, or only a developer."""
+    if faults.lost(error):
+        if not isinstance(error, (ValueError, OSError)):
             tell(traceback.format_exc(), error=True)
-            return _leave(1)
-        if RUNTIME.match(str(error)):
-            tell(f"jaxvl {known.verb}: the connection to another process of this run broke, or a device failed: {error}", error=True)
-            return _leave(1)
-        tell(f"jaxvl {known.verb}: {error}\n(JAXVL_TRACEBACK=1 shows where)", error=True)
-        return _leave(2)
+        tell(f"jaxvl {verb}: the connection to another process of this run broke, or a device failed: {error}", error=True)
+        return 1
+    sentence = faults.sentence(error)
+    if not sentence or os.environ.get("JAXVL_TRACEBACK"):
+        tell(traceback.format_exc(), error=True)
+        return 2 if sentence else 1
+    tell(f"jaxvl {verb}: {sentence}\n(JAXVL_TRACEBACK=1 shows where)", error=True)
+    return 2
 
 
 def _leave(status: int) -> int:

@@ -7,7 +7,6 @@ A key that no tuple has is an error with a suggestion: an option that nothing re
 import ast
 import contextlib
 import difflib
-import json
 import runpy
 import sys
 import types
@@ -24,6 +23,7 @@ from jaxvl.checkpoint import CheckpointOptions
 from jaxvl.data import augment, dataset, text
 from jaxvl.data.augment import AugmentOptions
 from jaxvl.data.dataset import DataOptions
+from jaxvl.data.lists import kind, read_json
 from jaxvl.data.text import TokenizerOptions
 from jaxvl.evals import EVALS
 from jaxvl.interop.initial import InitOptions
@@ -97,7 +97,10 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
     """
     file, _, arg = path.partition(":")
     if file.endswith(".json") and Path(file).is_file():
-        config = complete(ConfigDict(json.loads(Path(file).read_text())))
+        saved = read_json(Path(file))
+        if not isinstance(saved, dict):
+            raise ConfigError(f"{file} holds {kind(saved)}; it must be a config, as `jaxvl train` saves it")
+        config = complete(ConfigDict(saved))
     else:
         namespace = run_file(path)
         if "get_config" not in namespace:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxvl.data.dataset import Dataset
+from jaxvl.data.lists import read_json
 from jaxvl.methods.method import Run
 
 FILE = "classes.json"  # {"classes": names in the order of the labels, "parents": a_0, a_1, ...}
@@ -19,7 +20,9 @@ def of_run(recipe: Any, workdir: Path, dataset: Dataset | None) -> Run:
     Raises ValueError where the classes of the data are not those the run began with: a proxy would become another class's.
     """
     file = workdir / FILE
-    kept = json.loads(file.read_text()) if file.is_file() else None
+    kept = read_json(file) if file.is_file() else None
+    if file.is_file() and not (isinstance(kept, dict) and {"classes", "parents"} <= kept.keys()):
+        raise ValueError(f"{file} is no list of classes and their groups; it is damaged")
     if dataset is None:
         return Run(classes=len(kept["classes"]), parents=tuple(map(tuple, kept["parents"]))) if kept else Run()
     size, options = dataset.epoch, recipe.train

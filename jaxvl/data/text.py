@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxvl.data import lexicon as lexicons, words
 from jaxvl.data.lexicon import Lexicon, Prompt
+from jaxvl.data.lists import read_json
 
 PAD, BOS, EOS, MASK = "<pad>", "<bos>", "<eos>", "<mask>"  # of the trained tokenizers
 TRAINED = ("bpe", "words")  # tokenizers that are made of the captions themselves
@@ -250,10 +251,10 @@ def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None, 
     """
     check(options)
     if folder is not None:
-        from tokenizers import Tokenizer as Backend
-
-        names = json.loads((Path(folder) / "tokenizer_config.json").read_text())
-        saved = Backend.from_file(str(Path(folder) / "tokenizer.json"))
+        names = read_json(Path(folder) / "tokenizer_config.json")
+        if not isinstance(names, dict) or not isinstance(names.get("eos_token"), str):
+            raise ValueError(f"{folder}/tokenizer_config.json names no eos_token; it is damaged")
+        saved = backend_of(Path(folder) / "tokenizer.json")
         made = Tokenizer(
             saved,
             options.context_length,
@@ -276,6 +277,16 @@ def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None, 
     if eos is None:
         raise ValueError(f"tokenizer.name is {options.name!r}, which has no EOS or SEP token; text encoders need one to end a caption")
     return _complete(Tokenizer(backend, options.context_length, bos, eos, found.pad_token, options.end, found.mask_token), options, seen)
+
+
+def backend_of(file: Path) -> Any:
+    """The tokenizers.Tokenizer of a tokenizer.json. Raises ValueError where it holds none."""
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        return Backend.from_file(str(file))
+    except Exception as error:  # the library raises this very class for everything it meets
+        raise ValueError(f"{file} is no tokenizer that can be read ({error}); was the file cut or changed?") from None
 
 
 def _complete(made: Tokenizer, options: TokenizerOptions, seen: Iterable[str], folder: Path | None = None) -> Tokenizer:

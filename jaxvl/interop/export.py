@@ -143,7 +143,7 @@ def _safetensors(model: Model, folder: Path) -> dict[str, float]:
 def _stablehlo(model: Model, folder: Path) -> dict[str, float]:
     """{image,text}.stablehlo: serialised jax.export programs of ({name: array}, inputs) -> embeddings float32 [batch, width]."""
     if importlib.util.find_spec("flatbuffers") is None:
-        raise ValueError("flatbuffers is not installed, in which jax.export writes programs: pip install 'jaxvl[stablehlo]'")
+        raise ValueError("flatbuffers is not installed, in which jax.export writes programs: pip install flatbuffers")
     _write_params(model, folder)
     flat = _flat(model.params)
     shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxvl import checkpoint, manifest
 from jaxvl.data import lexicon
+from jaxvl.data.lists import read_json
 from jaxvl.interop import importing, peft
 from jaxvl.interop.positions import Method, resize_table
 from jaxvl.mesh import path_str
@@ -209,7 +210,7 @@ def _open(folder: str, key: str) -> Source:
         return Source(root / "checkpoints", model.image, model.text, model.positions)
     if not (root / "config.json").is_file() or not (root / "checkpoints").is_dir():
         raise ValueError(f"config.init.{key}: {folder} is neither a folder of `jaxvl import` nor the workdir of a run")
-    config = json.loads((root / "config.json").read_text())
+    config = read_json(root / "config.json")
     image, text = (importing.tower_options(name, config[name]) for name in ("image", "text"))
     return Source(root / "checkpoints", image, text, "bicubic")
 

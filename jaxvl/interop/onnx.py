@@ -22,7 +22,7 @@ def check_installed() -> None:
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ValueError(
             f"{' and '.join(missing)} not installed. jax2onnx asks for an older Orbax than training uses, so give it an environment of its own: "
-            "python3 -m venv onnx-env && onnx-env/bin/pip install 'jaxvl[onnx]' && onnx-env/bin/jaxvl export RUN --format onnx --out OUT"
+            "python3 -m venv onnx-env && onnx-env/bin/pip install '.[onnx]' && onnx-env/bin/jaxvl export RUN --format onnx --out OUT"
         )
 
 

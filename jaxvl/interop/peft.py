@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxvl.data.lists import read_json
 from jaxvl.interop import load, tensors
 from jaxvl.interop.names import LINEAR
 from jaxvl.interop.published import Published, shapes
@@ -38,7 +39,7 @@ def read(folder: str | Path, model: Published, options: LoraOptions) -> dict[str
     """
     folder = Path(folder)
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = read_json(folder / CONFIG)
     except (OSError, ValueError) as error:
         raise AdapterError(f"{folder} is no adapter folder: {CONFIG} cannot be read ({error})") from None
     faults = [

@@ -22,7 +22,7 @@ from jaxvl.plan import chips
 from jaxvl.plan.chips import Topology
 from jaxvl.plan.hlo import Collective
 
-ABSENT = "libtpu, the compiler for TPUs, is not installed; it needs no TPU: pip install 'jaxvl[tpu-plan]'"
+ABSENT = "libtpu, the compiler for TPUs, is not installed; it needs no TPU: pip install libtpu"
 
 
 class Compiled(NamedTuple):

@@ -38,7 +38,7 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ValueError(f"{package} is not installed, which the backend {name} is: pip install 'jaxvl[search]'") from None
+        raise ValueError(f"{package} is not installed, which the backend {name} is: pip install {package}") from None
 
 
 def _build_seismic(rows: sp.csr_array, folder: Path) -> None:

@@ -50,11 +50,14 @@ def read_options(folder: Path) -> tuple[SweepOptions, list[str]]:
     path = folder / "sweep.json"
     if not path.is_file():
         raise SweepError(f"{folder} is no sweep: it has no sweep.json")
-    body = json.loads(path.read_text())
-    plain = body["options"]
-    space = {k: KINDS[kind](*rest) for k, (kind, *rest) in plain["space"].items()}
-    names = body["trials"] if body["trials"] is not None else sorted(path.parent.name for path in folder.glob("*/trial.json"))
-    return SweepOptions(**plain | {"space": space, "also": tuple(plain["also"]), "seeds": tuple(plain["seeds"])}), names
+    try:
+        body = json.loads(path.read_text())
+        plain = body["options"]
+        space = {k: KINDS[kind](*rest) for k, (kind, *rest) in plain["space"].items()}
+        names = body["trials"] if body["trials"] is not None else sorted(path.parent.name for path in folder.glob("*/trial.json"))
+        return SweepOptions(**plain | {"space": space, "also": tuple(plain["also"]), "seeds": tuple(plain["seeds"])}), names
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SweepError(f"{path} is damaged: {type(error).__name__}: {error}; start the sweep in a new folder") from None
 
 
 def read_record(folder: Path, name: str) -> Record:
@@ -62,7 +65,7 @@ def read_record(folder: Path, name: str) -> Record:
     path = folder / name / "trial.json"
     try:
         return Record(**json.loads(path.read_text()))
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise SweepError(f"{path}: {error}; it belongs to trial {name!r}, remove the folder to run it anew") from None
 
 

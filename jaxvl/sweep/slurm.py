@@ -27,7 +27,7 @@ def launcher(command: Command, workdir: Path, env: Mapping[str, str], text: str)
     try:
         import submitit
     except ImportError:
-        raise SweepError("--slurm: submitit is not installed: pip install 'jaxvl[sweep]'") from None
+        raise SweepError("--slurm: submitit is not installed: pip install submitit") from None
     parameters = parse(text)
     cluster = parameters.pop("cluster", "slurm")
     try:

@@ -132,9 +132,7 @@ def _study(options: SweepOptions, workdir: Path) -> Any:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
     except ImportError:
-        raise SweepError(
-            "sweep(): sampler is 'tpe', but optuna is not installed: pip install 'jaxvl[sweep]', or sampler='random'"
-        ) from None
+        raise SweepError("sweep(): sampler is 'tpe', but optuna is not installed: pip install optuna, or sampler='random'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = JournalStorage(JournalFileBackend(str(workdir / JOURNAL)))
     direction = optuna.study.StudyDirection.MAXIMIZE if options.mode == "max" else optuna.study.StudyDirection.MINIMIZE

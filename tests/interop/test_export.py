@@ -107,7 +107,7 @@ def test_adapters_are_merged(tokenizer, tmp_path):
     np.testing.assert_array_equal(tensors.read(stored["text/blocks/attn/out/kernel"]), np.asarray(want))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("flatbuffers") is None, reason="flatbuffers is not installed: pip install 'jaxvl[stablehlo]'")
+@pytest.mark.skipif(importlib.util.find_spec("flatbuffers") is None, reason="flatbuffers is not installed: pip install '.[stablehlo]'")
 def test_stablehlo_runs_at_any_batch_size(tokenizer, tmp_path):
     parts, found = made(tokenizer, **CLIP)
     export.run(parts, found, "stablehlo", tmp_path / "out")
@@ -151,7 +151,7 @@ def test_a_model_that_differs_is_not_written(tokenizer, tmp_path, monkeypatch):
 ONNX = all(importlib.util.find_spec(name) for name in ("jax2onnx", "onnxruntime"))
 
 
-@pytest.mark.skipif(not ONNX, reason="jax2onnx and onnxruntime are not installed: pip install 'jaxvl[onnx]' in an environment of its own")
+@pytest.mark.skipif(not ONNX, reason="jax2onnx and onnxruntime are not installed: pip install '.[onnx]' in an environment of its own")
 @pytest.mark.parametrize("name", RUNS)
 def test_onnx_runs_at_any_batch_size(name, tokenizer, tmp_path, capfd):
     import onnxruntime

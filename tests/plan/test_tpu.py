@@ -1,4 +1,4 @@
-"""A TPU that nobody has: what libtpu makes of a step. Skipped where libtpu is not installed (pip install 'jaxvl[tpu-plan]')."""
+"""A TPU that nobody has: what libtpu makes of a step. Skipped where libtpu is not installed (pip install '.[tpu-plan]')."""
 
 import importlib.util
 import os

@@ -14,7 +14,7 @@ from jaxvl.search.extras import LIBRARIES, again, library
 from jaxvl.search.lexical import Pruning
 
 needs = lambda name: pytest.mark.skipif(
-    importlib.util.find_spec(LIBRARIES[name][1]) is None, reason=f"{LIBRARIES[name][0]} is not installed (pip install 'jaxvl[search]')"
+    importlib.util.find_spec(LIBRARIES[name][1]) is None, reason=f"{LIBRARIES[name][0]} is not installed (pip install '.[search]')"
 )
 
 
