@@ -61,6 +61,14 @@ def read_json(path: Path) -> Any:
         return parse("".join(line for _, line in lines(file, path)), path)
 
 
+def read_object(path: Path, *needs: str) -> dict[str, Any]:
+    """The object in a file of JSON. Raises ValueError where it is none, or lacks one of the keys that it `needs`."""
+    found = _object(read_json(path), str(path))
+    if missing := [key for key in needs if key not in found]:
+        raise ValueError(f"{path} has no {missing[0]}; it has {', '.join(found) or 'nothing'}")
+    return found
+
+
 def parse(text: str, name: object, first: int = 1) -> Any:
     """The JSON value of `text`, which begins in line `first` of `name`. Raises ValueError where it is none, or names a key twice."""
     try:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jaxvl.data.annotations import CAPTION, FILE, Entry, annotated, entry
 from jaxvl.data.formats import unread
 from jaxvl.data.indexing import progress
-from jaxvl.data.lists import find, read_json, rows
+from jaxvl.data.lists import find, read_object, rows
 from jaxvl.data.targroup import EXTENSIONS, IMAGES
 from jaxvl.data.text import Uncaptioned, clean_caption
 from jaxvl.progress import say
@@ -145,7 +145,7 @@ def _listed(folder: Path, images: dict[str, Path]) -> _Listed:
     """What the folder's list has of its images. Lines that name none of them are told."""
     present = [folder / name for name in LISTS if (folder / name).is_file()]
     if not present:
-        return _Listed({}, [], f"there is no list of captions ({', '.join(LISTS)})")
+        return _Listed({}, [], f"there is no list of captions ({', '.join(LISTS)}; a .json is given in place of the folder, with --images)")
     path = present[0]
     if present[1:]:
         say(f"captions are read from {path}, and not from {', '.join(p.name for p in present[1:])}")
@@ -200,15 +200,8 @@ def _sample(image: Path, name: str, beside: dict[str, Path], captions: list[byte
     main = captions[0] if isinstance(captions[0], bytes) else captions[0].encode()
     texts = [caption for caption in captions if isinstance(caption, str)]
     more = {key: value for key, value in listed.items() if key != "entries"} | ({"captions": texts} if listed else {})
-    return _packed(image, main, {"file": name} | (_fields(beside["json"]) if "json" in beside else {}) | more)
+    return _packed(image, main, {"file": name} | (read_object(beside["json"]) if "json" in beside else {}) | more)
 
 
 def _packed(image: Path, main: bytes, fields: dict[str, Any]) -> dict[str, bytes]:
     return {image.suffix[1:].lower(): image.read_bytes(), "txt": main, "json": json.dumps(fields, ensure_ascii=False).encode()}
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    fields = read_json(path)
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a {type(fields).__name__}; it must be an object of fields")
-    return fields

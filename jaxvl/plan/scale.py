@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxvl import config as configs
+from jaxvl.data.lists import read_object
 from jaxvl.plan import chips, fit, tell
 from jaxvl.progress import progress, say
 
@@ -58,7 +59,7 @@ def _kept(row: Row, folder: Path, limit: float, estimate: bool) -> dict[str, Any
     modelled = json.loads(json.dumps(tell.as_json(fit.make(config, row.config, topology, compiles=1, limit=limit, estimate=True))))
     file = folder / f"{Path(row.config).stem}-{row.topology.replace(':', '_')}.json"
     if file.is_file():
-        found = json.loads(file.read_text())
+        found = read_object(file, *SAME)
         if all(found[key] == modelled[key] for key in SAME) and found.get("modelled") == modelled["temporary"]:
             return found
         say(f"{file} is of another program than {row.config} is now; it is made anew")
@@ -68,7 +69,7 @@ def _kept(row: Row, folder: Path, limit: float, estimate: bool) -> dict[str, Any
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(made, indent=1))
     partial.rename(file)
-    return json.loads(file.read_text())
+    return read_object(file)
 
 
 def _line(row: Row, plan: dict[str, Any]) -> str:
