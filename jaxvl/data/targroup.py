@@ -14,8 +14,12 @@ a one-word reason:
 | KEY.cls                                                  | field "cls"                                            |
 | KEY.jpg and KEY.png                                      | the first is the image                                 |
 | KEY.a.jpg with KEY.a.txt, KEY.b.jpg with KEY.b.txt       | two samples with one key                               |
-| KEY.a.jpg without KEY.a.txt                              | the image of KEY where it has none, else left aside    |
-| image and text of a key, each alone in a folder          | one sample                                             |
+| KEY.jpg and KEY.a.jpg without KEY.a.txt                  | the first is the image, the other is left aside        |
+| KEY.a.jpg with KEY.txt, KEY.b.jpg with KEY.b.txt         | "nocaption" and "noimage", and one sample              |
+| KEY.a.jpg with KEY.txt, or KEY.b.txt, throughout         | one sample each, "joined" (tarjoin.py)                 |
+| KEY.a.jpg, KEY.b.jpg and KEY.txt, or no image extension  | "ambiguous"                                            |
+| images/KEY.jpg with captions/KEY.txt, throughout         | one sample each, "joined"                              |
+| cats/KEY.jpg with dogs/KEY.txt                           | "nocaption" and "noimage"                              |
 | the same member name again                               | a further sample, "duplicate"; the first is used       |
 | names that begin with a dot or have none, folders        | no sample                                              |
 | "./", "../", absolute names                              | the folder is a label too; nothing is ever written     |
@@ -29,6 +33,7 @@ a one-word reason:
 from collections.abc import Iterable
 
 from jaxvl.data import formats
+from jaxvl.data.tarjoin import Sample, join_folders, join_stems
 from jaxvl.data.tarwalk import Damage, Member
 
 SLOTS = ("image", "text", "json", "cls")
@@ -42,46 +47,12 @@ EXTENSIONS = dict.fromkeys(IMAGES, "image") | {
     "json": "json",
     "cls": "cls",
 }
-UNCAPTIONED = ("nocaption", "blank")  # bad as a pair, good as an image
-LIMITS = {"image": 1 << 27, "text": 1 << 24, "json": 1 << 24, "cls": 1 << 10}
-
-
-class Sample:
-    """The members of one stem while a tar is walked."""
-
-    __slots__ = ("copy", "faults", "key", "members", "names", "plain", "sniffed")
-
-    def __init__(self, key: bytes, plain: bool, copy: int) -> None:
-        self.key, self.plain, self.copy, self.sniffed = key, plain, copy, False
-        self.members: dict[str, tuple[int, int]] = {}  # slot -> data offset, size
-        self.names: dict[str, bytes] = {}  # slot -> the base name that filled it
-        self.faults: dict[str, str] = {}  # slot -> link, device, sparse, truncated or a format that is not read
-
-    def reason(self) -> str | None:
-        """Why the sample is bad; None for a whole one."""
-        if self.copy:
-            return "duplicate"
-        if "truncated" in self.faults.values():
-            return "truncated"
-        for slot in ("image", "text"):
-            if slot in self.faults:
-                return self.faults[slot]
-        if "image" not in self.members:
-            return "noimage"
-        if any(size > LIMITS[slot] for slot, (_, size) in self.members.items()):
-            return "oversized"
-        if not self.members["image"][1]:
-            return "empty"
-        if "text" not in self.members:
-            return "nocaption"
-        return None if self.members["text"][1] else "blank"
 
 
 def group(entries: Iterable[Member | Damage]) -> tuple[list[Sample], tuple[str, ...]]:
-    """The samples that the members of a tar form, ordered by first member, and the reasons of its damage."""
+    """The samples that the members of a tar form, ordered by first member, and the words for its damage and for how it is laid out."""
     samples: list[Sample] = []
     latest: dict[bytes, Sample] = {}
-    folders: dict[bytes, list[Sample]] = {}
     damage: list[str] = []
     for entry in entries:
         if isinstance(entry, Damage):
@@ -95,18 +66,13 @@ def group(entries: Iterable[Member | Damage]) -> tuple[list[Sample], tuple[str, 
         stem, _, extension = path.rpartition(b".")
         sample = latest.get(stem)
         if sample is None or base in sample.names.values():
-            plain = len(stem) == len(path) - len(base) + len(key)
-            sample = latest[stem] = Sample(key, plain, sample.copy + 1 if sample else 0)
+            folder = path[: len(path) - len(base)]
+            sample = latest[stem] = Sample(folder, key, stem[len(folder) + len(key) :], sample.copy + 1 if sample else 0)
             samples.append(sample)
-            folders.setdefault(path[: len(path) - len(base)] + key, []).append(sample)
         _place(sample, entry, base, extension.lower().decode("utf-8", "replace"))
-    left = set()
-    for alike in folders.values():
-        if len(alike) > 1:
-            left |= _join_stems(alike)
-    samples = [s for s in samples if id(s) not in left]
-    left = _join_folders(samples)
-    return [s for s in samples if id(s) not in left], tuple(damage)
+    samples, by_stem = join_stems(samples)
+    samples, by_folder = join_folders(samples)
+    return samples, (*damage, *["joined"] * (by_stem or by_folder))
 
 
 def _place(sample: Sample, member: Member, base: bytes, extension: str) -> None:
@@ -115,7 +81,11 @@ def _place(sample: Sample, member: Member, base: bytes, extension: str) -> None:
     sniffed = slot is None and (looks not in ("", "PPM", "ICO") or (extension in formats.EXTENSIONS and member.kind == "file"))
     if sniffed:
         slot = "image"
-    if slot is None or (slot in sample.names and (sniffed or slot != "image" or not sample.sniffed)):
+    if slot is None:
+        return
+    if slot in sample.names and (sniffed or slot != "image" or not sample.sniffed):
+        if sniffed and sample.sniffed:
+            sample.refuse("ambiguous")
         return
     sample.names[slot] = base
     sample.members.pop(slot, None)
@@ -131,37 +101,3 @@ def _place(sample: Sample, member: Member, base: bytes, extension: str) -> None:
         word = looks or formats.EXTENSIONS.get(extension, "")
         if slot == "image" and member.size and word in formats.UNREAD:
             sample.faults[slot] = word
-
-
-def _fill(sample: Sample, other: Sample) -> None:
-    """Give `sample` what it lacks and `other` has."""
-    for slot in other.names.keys() - sample.names.keys():
-        sample.names[slot] = other.names[slot]
-        if slot in other.members:
-            sample.members[slot] = other.members[slot]
-        if slot in other.faults:
-            sample.faults[slot] = other.faults[slot]
-
-
-def _join_stems(alike: list[Sample]) -> set[int]:
-    """Of samples with one folder and key, fill the plain one from those that are no pair; ids of what is left aside."""
-    parts = [s for s in alike if not s.copy and (s.plain or not {"image", "text"} <= s.names.keys())]
-    parts.sort(key=lambda s: not s.plain)
-    for other in parts[1:]:
-        _fill(parts[0], other)
-    return {id(s) for s in parts[1:]}
-
-
-def _join_folders(samples: list[Sample]) -> set[int]:
-    """Join an image and a text that stand alone, each in its own folder, under one key; ids of the texts."""
-    lone: dict[bytes, list[Sample]] = {}
-    for sample in samples:
-        if not sample.copy and len(sample.names) == 1:
-            lone.setdefault(sample.key, []).append(sample)
-    joined = set()
-    for alike in lone.values():
-        images, texts = ([s for s in alike if slot in s.names] for slot in ("image", "text"))
-        if len(images) == len(texts) == 1:
-            _fill(images[0], texts[0])
-            joined.add(id(texts[0]))
-    return joined

@@ -171,13 +171,21 @@ def entries() -> dict[str, Case]:
     ]
     case.bad = ["000003"]
 
-    case = cases["names with dots"] = Case("every sample").whole(1)
+    case = cases["names with dots"] = Case("every pair, and none of lone parts").whole(1)
     case.entries += [m for n in (2, 3) for m in members(n, f"photo.{n}")] + [
         ("000004.raw.png", picture(4)),
         ("000004.txt", b"four"),
     ]
     case.entries += [("000001.depth.png", picture(9)), ("000005.en.txt", b"five"), ("000005.small.jpg", picture(5))]
-    case.good += ["photo", "000004", "000005"]
+    case.good, case.bad = [*case.good, "photo"], ["000004", "000005"]
+    case = cases["parts by name"] = Case("every sample")
+    for n in (1, 2):
+        (_, a), (_, b), (_, c) = members(n)
+        case.entries += [(f"{n:06d}.photo.png", a), (f"{n:06d}.caption.txt", b), (f"{n:06d}.meta.json", c)]
+        case.good.append(f"{n:06d}")
+    case = cases["lone parts in two folders"] = Case("whole pairs only").whole(1)
+    case.entries += [*members(2, "cats/000002"), ("cats/000003.png", picture(3)), ("dogs/000003.txt", b"a dog")]
+    case.good, case.bad = [*case.good, "000002"], ["000003"]
 
     case = cases["interleaved members"] = Case("every sample").whole(1, 2, 3)
     case.entries = case.entries[::3] + case.entries[1::3] + case.entries[2::3]

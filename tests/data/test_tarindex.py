@@ -16,7 +16,7 @@ from jaxvl.data.reasons import LOST, REASONS
 from jaxvl.data.tarindex import build_index, exclude, load_index, read_summary, save_index
 from jaxvl.data.tarwalk import Member, walk
 from tests.data.broken_tars import BLOCK, header_at, with_size
-from tests.data.shards import members, picture, tar_bytes, write_shards
+from tests.data.shards import members, tar_bytes, write_shards
 
 
 def index_of(data: bytes):
@@ -106,23 +106,6 @@ def test_the_first_of_duplicates_is_used_and_the_others_count() -> None:
     assert index.bad_keys() == [("000001", "duplicate")] * 2
     row = index.rows[0]
     assert tar[int(row["text_at"]) :].startswith(b"number 1") and index.pairs == 1
-
-
-def test_stems_with_dots() -> None:
-    entries = [
-        *members(1, "a.1"),
-        *members(2, "a.2"),
-        ("a.txt", b"alone"),
-        ("a.3.png", picture(3)),
-        *members(4, "b"),
-        ("b.depth.png", b"?"),
-    ]
-    tar = tar_bytes([*entries, ("c.bin", picture(5)), ("c.png", picture(6)), ("c.txt", b"sees c.png"), ("c.jpg", b"later")])
-    index = index_of(tar)
-    assert good_keys(index) == ["a", "a", "a", "b", "c"] and not len(index.bad)
-    images = [tar[int(r["image_at"]) :][: int(r["image_size"])] for r in index.rows]
-    assert images == [picture(1), picture(2), picture(3), picture(4), picture(6)]
-    assert tar[int(index.rows["text_at"][2]) :].startswith(b"alone")
 
 
 def test_images_without_captions_follow_the_pairs() -> None:
