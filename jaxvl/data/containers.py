@@ -10,13 +10,15 @@ import struct
 import zlib
 from typing import NamedTuple
 
-from jaxvl.data import orientation
+from jaxvl.data import avif, orientation
 from jaxvl.data.formats import Undecodable
 
 PARTS = 1 << 20  # chunks of a file; the pieces of a large image are some 10,000, and metadata can add to them
 TEXT = 1 << 20  # bytes of a text chunk that are searched for an orientation
 TABLES = 1 << 20  # bytes of TIFF tags, of which Pillow makes Python numbers
 EXIF_TEXT, XMP_TEXT = b"Raw profile type exif", b"XML:com.adobe.xmp"  # keys of PNG text chunks
+
+TOKEN = re.compile(rb"(?:\s|#[^\r\n]*[\r\n])*+(\d{1,9})(?=\s)")  # the next number of a PPM, past spaces and comments
 
 # How the pixels of a TIFF are stored: sizes, compression and its options, samples, places of strips and tiles, colours.
 STORED = {
@@ -30,7 +32,7 @@ class Bare(NamedTuple):
     """A file without what its pixels do not need.
 
     orientation: 1 to 8, or 0 where Pillow finds it. size: width and height where they have to be known before Pillow opens it, else (0, 0). extra: bytes that decoding takes besides
-    those that every pixel of the format does.
+    those that every pixel of the format does. coded: pixels that are decoded, where they can be more than those of the size.
     """
 
     data: bytes
@@ -38,6 +40,7 @@ class Bare(NamedTuple):
     orientation: int = 0
     size: tuple[int, int] = (0, 0)
     extra: int = 0
+    coded: int = 0
 
 
 def bare(image: bytes, kind: str) -> Bare:
@@ -205,4 +208,21 @@ def _jpeg2000(image: bytes) -> Bare:
     return Bare(image, "JPEG2000", size=(width, height), extra=tiles * (6000 + 1200 * samples) + 8 * samples * width * height)
 
 
-READERS = {"PNG": _png, "GIF": _gif, "WEBP": _webp, "ICO": _ico, "TIFF": _tiff, "JPEG2000": _jpeg2000}
+def _avif(image: bytes) -> Bare:
+    return Bare(image, "AVIF", coded=avif.coded(image))
+
+
+def _ppm(image: bytes) -> Bare:
+    """The numbers in front of the pixels without the comments between them, which Pillow reads a byte at a time."""
+    at, numbers = 2, [image[:2]]
+    while len(numbers) < (3 if image[:2] in (b"P1", b"P4") else 4):
+        found = TOKEN.match(image, at)
+        if found is None:
+            raise Undecodable("corrupt", "no numbers stand in front of its pixels")
+        numbers.append(found[1])
+        at = found.end()
+    width, height = int(numbers[1]), int(numbers[2])
+    return Bare(b"\n".join(numbers) + image[at:], "PPM", 1, (width, height))
+
+
+READERS = {"PNG": _png, "GIF": _gif, "WEBP": _webp, "ICO": _ico, "TIFF": _tiff, "JPEG2000": _jpeg2000, "AVIF": _avif, "PPM": _ppm}

@@ -151,8 +151,9 @@ def _jpeg_header(image: bytes, check: Any) -> Header:
 
 def _pillow_header(file: Bare, check: Any) -> Header:
     rate = PIXEL.get(file.format, PLAIN) + RESULT
+    memory = lambda size: max(size[0] * size[1], file.coded) * rate + file.extra
     if any(file.size):
-        check(file.size, file.size[0] * file.size[1] * rate + file.extra)
+        check(file.size, memory(file.size))
     try:
         picture = Image.open(io.BytesIO(file.data), formats=(file.format,))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -163,7 +164,7 @@ def _pillow_header(file: Bare, check: Any) -> Header:
         raise Undecodable(
             "corrupt", f"its header says {picture.size[0]} x {picture.size[1]} pixels, its content {file.size[0]} x {file.size[1]}"
         )
-    check(picture.size, picture.size[0] * picture.size[1] * rate + file.extra)
+    check(picture.size, memory(picture.size))
     slow = PYTHON & {tile[0] for tile in getattr(picture, "tile", ())}
     if slow and max(picture.size[0] * picture.size[1], len(file.data)) > SLOW:
         raise Undecodable("bomb", f"a {file.format} of this kind is decoded slowly, and only up to {SLOW:,} bytes and pixels")

@@ -12,6 +12,7 @@ from odd_images import chunk, encode, exif, ico, photo, png, samsung, scans, seg
 from PIL import Image, ImageOps
 
 from jaxvl.data import decode, jpeg, pixels
+from jaxvl.data.avif import coded
 from jaxvl.data.decode import DecodeOptions, Undecodable, decode_eval, decode_full, probe
 from jaxvl.data.formats import UNREAD
 from jaxvl.data.reasons import REASONS
@@ -169,9 +170,26 @@ def test_a_format_that_is_not_read_is_named(word, data):
 
 
 def test_an_avif_called_by_a_general_brand_is_no_heic():
-    data = encode(photo(), "AVIF") if "AVIF" in Image.SAVE else pytest.skip("this Pillow has no AVIF")
+    data = avif(photo())
     at = data.index(b"ftyp") + 4
     assert decode_full(data[:at] + b"mif1" + data[at + 4 :], OPTIONS).shape == (64, 96, 3)
+
+
+def avif(image: Image.Image, **options: object) -> bytes:
+    return encode(image, "AVIF", speed=10, **options) if "AVIF" in Image.SAVE else pytest.skip("this Pillow has no AVIF")
+
+
+def test_the_frames_of_an_avif_are_sized_themselves(monkeypatch):
+    for size in ((2, 2), (96, 64), (701, 399)):
+        for mode in ("RGB", "RGBA", "L"):
+            image = photo(*size).convert(mode)
+            for more in ({}, {"save_all": True, "append_images": [image]}, {"exif": exif(6)}):
+                assert coded(avif(image, **more)) == size[0] * size[1]
+    data = avif(photo(1000, 1000))
+    at = data.index(b"ispe") + 8
+    monkeypatch.setattr(pixels, "MEMORY", 1 << 23)
+    assert refused(data) == refused(data[:at] + struct.pack(">2L", 64, 64) + data[at + 8 :]) == "bomb"
+    assert decode_eval(avif(photo(64, 64)), OPTIONS).shape == (32, 32, 3)
 
 
 def test_memory_is_told_from_the_header_by_bytes(monkeypatch):
@@ -201,6 +219,15 @@ def test_memory_is_told_from_the_header_by_bytes(monkeypatch):
         begin = time.process_time()
         assert refused(data) == "bomb", name
         assert time.process_time() - begin < 1, name
+
+
+def test_comments_of_any_length_stand_in_a_ppm():
+    rows = np.asarray(photo(8, 8)).tobytes()
+    for head in (b"P6\n#" + b"x" * (1 << 22) + b"\n8 8\n255\n", b"P6 # a\n 8\t#b\r8 #c\n\n255 "):
+        begin = time.process_time()
+        assert (decode_full(head + rows, OPTIONS) == np.asarray(photo(8, 8))).all()
+        assert time.process_time() - begin < 0.5
+    assert refused(b"P6\n8 8\n#" + b"x" * 99) == refused(b"P5 a b c") == "corrupt"
 
 
 def test_scans_are_counted_by_the_blocks_they_visit():
