@@ -36,6 +36,7 @@ from jaxvl.models.vit import VitOptions
 from jaxvl.optim import OptimOptions
 from jaxvl.rehearsal import rehearse
 from jaxvl.report import LogOptions
+from jaxvl.secrets import public
 
 LARGEST = 2**31 - 1  # of whole numbers: what a device counts with
 
@@ -188,6 +189,11 @@ def run_file(path: str) -> dict[str, Any]:
         return runpy.run_path(file)
     finally:
         sys.path.pop(0)
+
+
+def to_json(config: ConfigDict, indent: int | None = None) -> str:
+    """A config as it is kept with a run: without the credentials of its URLs."""
+    return public(config.to_json_best_effort(indent=indent))
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""All that jaxvl prints. Names of files, keys and captions come from strangers, so nothing in them may command a terminal or turn text around.
+"""All that jaxvl prints; credentials in URLs are left out of it. Names of files, keys and captions come from strangers, so nothing in them may command a terminal or turn text around.
 
 Whatever a terminal obeys is printed as JSON would escape it, "\\u001b", so that printed JSON stays the same JSON.
 """
@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from jaxvl.secrets import public
+
 # Controls (C0 without tab and line feed, DEL, C1), marks and overrides of direction, separators of lines and paragraphs, halves of surrogate
 # pairs (bytes of a file name that are no text), and the tags, which are never drawn.
 OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff\U000e0000-\U000e007f]")
@@ -20,7 +22,7 @@ PLAIN_WIDTH = 200  # columns of a table that goes to no terminal, which has no w
 
 def visible(text: str, *, line: bool = False) -> str:
     """`text` with what a terminal obeys escaped; with `line` its line feeds and tabs too."""
-    text = OBEYED.sub(lambda found: _escaped(found[0]), text)
+    text = OBEYED.sub(lambda found: _escaped(found[0]), public(text))
     return text.replace("\n", "\\n").replace("\t", "\\t") if line else text
 
 

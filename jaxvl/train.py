@@ -90,7 +90,7 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
             _keep_config(config, workdir)
             record.save(workdir, parts, plan, train_step, mesh, steps)
             log.describe(
-                config=config.to_json_best_effort(indent=2),
+                config=configs.to_json(config, indent=2),
                 mesh=", ".join(f"{k} {v}" for k, v in mesh.shape.items()),
                 devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             )
@@ -110,7 +110,7 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
             tries: dict[int, int] = {}
 
             def save(*, block: bool = False) -> None:
-                meta = {"config": config.to_json_best_effort(), "position": {"seed": recipe.seed, "samples": samples_seen(state.position)},
+                meta = {"config": configs.to_json(config), "position": {"seed": recipe.seed, "samples": samples_seen(state.position)},
                         "skipped": skipped.note(), "files": sealed, **lexicon.stamp(parts.tokenizer)}  # fmt: skip
                 with log.pause("checkpoint"):
                     saver.save(step, state, meta, values, block=block)
@@ -205,9 +205,13 @@ def _keep_config(config: ConfigDict, workdir: Path) -> None:
     if jax.process_index() != 0:
         return
     file = workdir / "config.json"
+    if configs.to_json(config) != config.to_json_best_effort():
+        say(
+            "note: the config has passwords or signatures in URLs, which are not kept; what reads the run later has to be given those URLs again"
+        )
     if file.is_file():
-        old, new = (configs.flat(json.loads(text)) for text in (file.read_text(), config.to_json_best_effort()))
+        old, new = (configs.flat(json.loads(text)) for text in (file.read_text(), configs.to_json(config)))
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE):
                 say(f"config.{name} was {old.get(name)!r} when this run began and is {new.get(name)!r} now")
-    write_atomic(file, config.to_json_best_effort(indent=2))  # others may be reading it, and a full disk must not cut it short
+    write_atomic(file, configs.to_json(config, indent=2))  # others may be reading it, and a full disk must not cut it short

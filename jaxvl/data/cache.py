@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ from jaxvl.data.tarwalk import BLOCK
 from jaxvl.data.unpack import packing, unpack
 
 STEP = 1 << 22  # bytes copied at a time
+# What fsspec needs for a scheme, by the name that pip knows.
+CLIENTS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs",
+           "hdfs": "pyarrow", "hf": "huggingface_hub", "ssh": "paramiko", "sftp": "paramiko", "oci": "ocifs", "oss": "ossfs"}  # fmt: skip
 ABANDONED = 3600  # seconds without a byte after which a copy in the making is nobody's
 # What stores call that which changes with a file, in small letters, the surest first.
 VERSIONS = (
@@ -44,10 +48,35 @@ def is_remote(shard: str) -> bool:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of `url`, and the path in it."""
+    """The fsspec file system of `url`, and the path in it. Raises ValueError where there is none for such a URL."""
     import fsspec
 
-    return fsspec.core.url_to_fs(url)
+    scheme = re.split("::|://", url)[0]
+    if scheme.startswith("pipe:"):
+        raise ValueError(f"data.source {url!r}: commands are not run; write the URL itself, such as s3://bucket/{{0000..0127}}.tar")
+    with reached(url):
+        if scheme not in {*fsspec.available_protocols(), *fsspec.registry}:
+            raise ValueError(f"data.source {url!r}: {scheme}:// is no store that is known; gs://, s3:// and https:// are, among others")
+        return fsspec.core.url_to_fs(url)
+
+
+@contextlib.contextmanager
+def reached(url: str) -> Iterator[None]:
+    """What a store says in its own words becomes an OSError, or where a package is missing a ValueError, that names the URL."""
+    try:
+        yield
+    except ImportError as error:
+        schemes = re.split("::|://", url)[:-1]
+        scheme = next((s for s in schemes if s in CLIENTS), schemes[0])
+        package = CLIENTS.get(scheme, error.name)
+        told = f"{scheme}:// needs {package}, which is not installed: pip install {package}" if package else str(error)
+        raise ValueError(f"data.source {url!r}: {told}") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"data.source {url!r}: not found") from None
+    except ValueError:
+        raise
+    except Exception as error:
+        raise OSError(f"{url} cannot be read: {str(error).strip() or 'no reason was given'} ({type(error).__name__})") from error
 
 
 def stamp(shard: str, fresh: bool = False) -> tuple[int, int]:
@@ -59,9 +88,10 @@ def stamp(shard: str, fresh: bool = False) -> tuple[int, int]:
         stat = os.stat(shard)
         return stat.st_size, stat.st_mtime_ns
     store, path = filesystem(shard)
-    if fresh:
-        store.invalidate_cache(path)
-    info = store.info(path)
+    with reached(shard):
+        if fresh:
+            store.invalidate_cache(path)
+        info = store.info(path)
     told = {key.lower().replace("-", "").replace("_", ""): value for key, value in info.items()}
     version = next((str(told[key]) for key in VERSIONS if told.get(key)), "")
     return int(info["size"] or 0), int(digest(version), 16) >> 1
@@ -134,7 +164,7 @@ def _copy(shard: str, version: tuple[int, int], path: Path, limit: int) -> None:
     partial, size = path.with_suffix(".partial"), version[0]
     store, remote = filesystem(shard)
     try:
-        with store.open(remote, "rb") as source, open(partial, "wb") as target:
+        with reached(shard), store.open(remote, "rb") as source, open(partial, "wb") as target:
 
             def write(data: bytes) -> None:
                 if target.tell() + len(data) > limit:

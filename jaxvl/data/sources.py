@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from jaxvl.data.cache import Cache, digest, filesystem, is_remote, locked
+from jaxvl.data.cache import Cache, digest, filesystem, is_remote, locked, reached
 from jaxvl.data.source import Place, Source
 from jaxvl.data.tarsource import tar_source
 
@@ -84,11 +84,12 @@ def _matches(pattern: str) -> list[str]:
 
 def _remote_matches(pattern: str) -> list[str]:
     store, path = filesystem(pattern)
-    if not glob.has_magic(path):
-        if not store.isdir(path):
-            return [pattern]
-        path = path.rstrip("/") + "/*.tar"
-    found = sorted(store.unstrip_protocol(p) for p in store.glob(path))
+    with reached(pattern):
+        if not glob.has_magic(path):
+            if not store.isdir(path):
+                return [pattern]
+            path = path.rstrip("/") + "/*.tar"
+        found = sorted(store.unstrip_protocol(p) for p in store.glob(path))
     if not found:
         raise ValueError(f"data.source {pattern!r} matches no file")
     return found

@@ -38,6 +38,7 @@ from jaxvl.report.page import save_galleries, write_report
 from jaxvl.report.peers import Board, Peers
 from jaxvl.report.watchdog import Watchdog
 from jaxvl.report.window import Plan, Window
+from jaxvl.secrets import public
 
 IN_FLIGHT = 4  # steps the host may be ahead: enough to hide its jitter, few enough that waiting batches stay small in memory
 
@@ -201,7 +202,7 @@ class RunLog:
 
     def bad(self, rows: Iterable[tuple[str, str, str]]) -> None:
         """Note bad samples, (shard, key, reason); one already noted, by this or an earlier process, counts once."""
-        new = {(shard, key, reason) for shard, key, reason, *_ in rows} - self._bad
+        new = {(public(shard), key, reason) for shard, key, reason, *_ in rows} - self._bad
         if new:
             self._bad.update(new)
             with open(self._bad_path, "a", encoding="utf-8") as file:

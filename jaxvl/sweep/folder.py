@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from jaxvl import manifest
 from jaxvl.config import ConfigError, complete, flat
 from jaxvl.report.metrics import METRICS, decode, write_atomic
+from jaxvl.secrets import public
 from jaxvl.sweep.options import Choice, Integer, SweepError, SweepOptions, Uniform
 from jaxvl.sweep.plan import Trial
 
@@ -42,7 +43,18 @@ class Record(NamedTuple):
 def keep_options(folder: Path, options: SweepOptions, names: Sequence[str] | None) -> None:
     """Write sweep.json: what the table of results needs to know. names: of the trials in order, None where a study makes them as it goes."""
     body = options._asdict() | {"space": {k: [type(d).__name__, *d] for k, d in options.space.items()}}
-    write_atomic(folder / "sweep.json", json.dumps({"options": body, "trials": names}, indent=1, default=str))
+    text = json.dumps({"options": body, "trials": names}, indent=1, default=str)
+    write_atomic(folder / "sweep.json", _without_credentials(text, "sweep()"))
+
+
+def _without_credentials(text: str, name: str) -> str:
+    """`text`, from which trials are started. Raises SweepError where it has credentials, which must not be kept, and trials need."""
+    if public(text) != text:
+        raise SweepError(
+            f"{name}: a URL of the config has a password or a signature, which would be kept in every trial's folder; "
+            f"give credentials to the store's client instead, such as AWS_PROFILE or GOOGLE_APPLICATION_CREDENTIALS"
+        )
+    return text
 
 
 def read_options(folder: Path) -> tuple[SweepOptions, list[str]]:
@@ -90,9 +102,10 @@ def prepare(folder: Path, trial: Trial, *, retry: bool) -> Record:
         raise SweepError(f"{own} exists and is no trial of a sweep; use another --workdir")
     if record.status == "running" or (record.status == "failed" and retry):
         record = record._replace(status="stopped")
+    kept = _without_credentials(trial.config.to_json_best_effort(indent=2), trial.name)
     own.mkdir(exist_ok=True)
     if record.status not in OVER:
-        write_atomic(own / "config.json", trial.config.to_json_best_effort(indent=2))
+        write_atomic(own / "config.json", kept)
     write_record(folder, record)
     return record
 
