@@ -10,6 +10,7 @@ Lists that name images which are not there are no error: the images are told, an
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -43,7 +44,7 @@ def make_classes(layout: str, folder: Path, out: Path, part: str, per_shard: int
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the one the set was unpacked in")
     listed = list(LAYOUTS[layout](folder, part))
-    found = [find(one.file, folder, lambda path: (folder / path).is_file()) for one in listed]
+    found = [find(one.file, folder, lambda path: os.path.isfile(folder / path)) for one in listed]
     there = [one._replace(file=path) for one, path in zip(listed, found, strict=True) if path]
     if not there:
         example = f", for one {listed[0].file}" if listed else ""
@@ -54,7 +55,10 @@ def make_classes(layout: str, folder: Path, out: Path, part: str, per_shard: int
 
 def _sample(folder: Path, one: Listed) -> dict[str, bytes]:
     fields = {"file": one.file, "class": one.name, "hierarchy": [*one.groups, one.name]}
-    return {Path(one.file).suffix[1:].lower(): (folder / one.file).read_bytes(), "json": json.dumps(fields, ensure_ascii=False).encode()}
+    return {
+        Path(one.file).suffix[1:].lower(): (folder / one.file).read_bytes(),
+        "json": json.dumps(fields, ensure_ascii=False).encode(errors="backslashreplace"),
+    }
 
 
 def _folders(folder: Path, part: str) -> Iterator[Listed]:

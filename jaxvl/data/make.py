@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jaxvl.data.annotations import CAPTION, FILE, Entry, annotated, entry
 from jaxvl.data.formats import unread
 from jaxvl.data.indexing import progress
-from jaxvl.data.lists import find, read_object, rows
+from jaxvl.data.lists import column, find, read_object, rows
 from jaxvl.data.targroup import EXTENSIONS, IMAGES
 from jaxvl.data.text import Uncaptioned, clean_caption
 from jaxvl.progress import say
@@ -42,13 +42,15 @@ def make_shards(folder: Path, out: Path, per_shard: int) -> tuple[list[Path], li
     images = sorted(p for p in beside if p.suffix[1:].lower() in IMAGES)
     _tell(unread(beside), "images left out, of formats that are not read")
     names = {p.relative_to(folder).as_posix(): p for p in images}
-    listed = _listed(folder, names)
-    captions = {name: _captions(beside[p], listed.fields.get(name, {}), listed.faults) for name, p in names.items()}
+    listed, told = _listed(folder, names)
+    faults: list[str] = []
+    files = progress(names.items(), len(names), "reading captions")
+    captions = {name: _captions(beside[p], listed.get(name), faults) for name, p in files}
     captioned = [name for name, found in captions.items() if found]
-    _tell(listed.faults, "captions left out")
+    _tell(faults, "captions left out")
     if not captioned:
-        raise ValueError(f"{folder} has {len(images)} images, none with {' or '.join(f'a NAME.{s}' for s in SIDECARS)}, and {listed.told}")
-    samples = (_sample(names[name], name, beside[names[name]], captions[name], listed.fields.get(name, {})) for name in captioned)
+        raise ValueError(f"{folder} has {len(images)} images, none with {' or '.join(f'a NAME.{s}' for s in SIDECARS)}, and {told}")
+    samples = (_sample(names[name], name, beside[names[name]], captions[name], listed.get(name)) for name in captioned)
     return write_shards(out, samples, len(captioned), per_shard), [str(names[name]) for name in names if not captions[name]]
 
 
@@ -66,7 +68,7 @@ def make_annotated(file: Path, images: Path, out: Path, per_shard: int, splits: 
     faults: list[str] = []
     missing: dict[str, None] = {}
     for found in annotated(file, splits):
-        path = find(found.file, images, lambda path: (images / path).is_file())
+        path = find(found.file, images, lambda path: os.path.isfile(images / path))
         if path is None:
             missing[path := found.file] = None
         fields = samples.setdefault(path, {"file": path, "image_id": path if found.number is None else found.number, "captions": []})
@@ -124,12 +126,11 @@ def _write(shard: Path, first: int, samples: Iterable[dict[str, bytes]]) -> None
         partial.unlink(missing_ok=True)
 
 
-class _Listed(NamedTuple):
-    """fields: of each image that a list names, its entries under "entries". faults: captions that are none. told: of the list, for an error."""
+class Listed(NamedTuple):
+    """What a list has of an image. fields: the further columns of its first line. entries: of all its lines."""
 
-    fields: dict[str, dict[str, Any]]
-    faults: list[str]
-    told: str
+    fields: dict[str, Any]
+    entries: list[Entry]
 
 
 def _beside(folder: Path) -> dict[Path, dict[str, Path]]:
@@ -141,15 +142,18 @@ def _beside(folder: Path) -> dict[Path, dict[str, Path]]:
     return {path: alike[path.with_suffix("")] for path in files}
 
 
-def _listed(folder: Path, images: dict[str, Path]) -> _Listed:
-    """What the folder's list has of its images. Lines that name none of them are told."""
+def _listed(folder: Path, images: dict[str, Path]) -> tuple[dict[str, Listed], str]:
+    """The entries of each image that the folder's list names, and what to say of the list where that is no help.
+
+    Lines that name no image are told.
+    """
     present = [folder / name for name in LISTS if (folder / name).is_file()]
     if not present:
-        return _Listed({}, [], f"there is no list of captions ({', '.join(LISTS)}; a .json is given in place of the folder, with --images)")
+        return {}, f"there is no list of captions ({', '.join(LISTS)}; a .json is given in place of the folder, with --images)"
     path = present[0]
     if present[1:]:
         say(f"captions are read from {path}, and not from {', '.join(p.name for p in present[1:])}")
-    fields: dict[str, dict[str, Any]] = {}
+    listed: dict[str, Listed] = {}
     lost: list[str] = []
     total = 0
     for row in rows(path):
@@ -158,13 +162,14 @@ def _listed(folder: Path, images: dict[str, Path]) -> _Listed:
         if name is None:
             lost.append(f"{found.where} names {found.file}")
             continue
-        more = {key: value for key, value in row.fields.items() if key not in (*FILE, *CAPTION)}
-        fields.setdefault(name, {"entries": []} | more)["entries"].append(found)
+        read = (column(row, FILE), column(row, CAPTION))
+        more = {key: value for key, value in row.fields.items() if key not in read}
+        listed.setdefault(name, Listed(more, [])).entries.append(found)
     _tell(lost, f"lines of {total:,} that name no image of {folder}")
-    return _Listed(fields, [], f"no line of {path} names one of them" + (f", for one {lost[0]}" if lost else " with a caption"))
+    return listed, f"no line of {path} names one of them" + (f", for one {lost[0]}" if lost else " with a caption")
 
 
-def _captions(beside: dict[str, Path], listed: dict[str, Any], faults: list[str]) -> list[bytes | str]:
+def _captions(beside: dict[str, Path], listed: Listed | None, faults: list[str]) -> list[bytes | str]:
     """The captions of an image that can be used, that of its own file first and in that file's bytes."""
     own: list[bytes | str] = []
     for path in (beside[ending] for ending in SIDECARS if ending in beside):
@@ -177,7 +182,7 @@ def _captions(beside: dict[str, Path], listed: dict[str, Any], faults: list[str]
             faults.append(f"{path} stands beside another")
         else:
             own.append(data)
-    return own + [caption for found in listed.get("entries", []) for caption in _good(found, faults)]
+    return own + [caption for found in (listed.entries if listed else []) for caption in _good(found, faults)]
 
 
 def _good(found: Entry, faults: list[str]) -> Iterator[str]:
@@ -196,12 +201,13 @@ def _tell(what: list[str], of: str) -> None:
         say(f"{of}: {len(what):,} ({'; '.join(what[:SHOWN])}{'; ...' if len(what) > SHOWN else ''})")
 
 
-def _sample(image: Path, name: str, beside: dict[str, Path], captions: list[bytes | str], listed: dict[str, Any]) -> dict[str, bytes]:
+def _sample(image: Path, name: str, beside: dict[str, Path], captions: list[bytes | str], listed: Listed | None) -> dict[str, bytes]:
     main = captions[0] if isinstance(captions[0], bytes) else captions[0].encode()
     texts = [caption for caption in captions if isinstance(caption, str)]
-    more = {key: value for key, value in listed.items() if key != "entries"} | ({"captions": texts} if listed else {})
+    more = listed.fields | {"captions": texts} if listed else {}
     return _packed(image, main, {"file": name} | (read_object(beside["json"]) if "json" in beside else {}) | more)
 
 
 def _packed(image: Path, main: bytes, fields: dict[str, Any]) -> dict[str, bytes]:
-    return {image.suffix[1:].lower(): image.read_bytes(), "txt": main, "json": json.dumps(fields, ensure_ascii=False).encode()}
+    body = json.dumps(fields, ensure_ascii=False).encode(errors="backslashreplace")  # of half a surrogate pair, JSON's own escape
+    return {image.suffix[1:].lower(): image.read_bytes(), "txt": main, "json": body}

@@ -111,8 +111,11 @@ def test_paths_are_matched_as_paths_and_the_others_told(folder, tmp_path, capsys
 
 def test_captions_that_are_no_text_are_left_out_and_told(folder, tmp_path, capsys):
     lines = [("0.png", "one"), ("1.PNG", None), ("deep/2.png", ["a", None, {"b": 1}, "c", 7]), (f"{E}.png", " \ufeff"), ("0.png", "\ud800")]
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"image": name, "caption": text}) for name, text in lines))
+    more = {"comment": "kept", "entries": [1], "half": "\ud800"}
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"image": name, "caption": text} | more) for name, text in lines))
     assert captions(folder, tmp_path / "out") == {"0.png": ["one"], "deep/2.png": ["a", "c"]}
+    sample = next(iter(read_samples(open_data(options(str(tmp_path / "out"), tmp_path)), [0])))
+    assert sample.meta == {"file": "0.png", "captions": ["one"]} | more
     told = capsys.readouterr().err
     assert "captions left out: 6 (" in told and ":2 has null for a caption" in told and ":3 has an object" in told
     (folder / "metadata.jsonl").rename(tmp_path / "list.jsonl")
@@ -149,6 +152,7 @@ def test_cocos_own_file(folder, tmp_path):
         ({"annotations": [{"image_id": 7, "bbox": []}]}, "has no caption but image_id, bbox; of COCO's files, those called captions_"),
         ({"images": images[:1] * 2}, "images, entry 2 has the id 7, which another image has"),
         ({"images": {"7": "0.png"}}, "images holds an object; it must be a list"),
+        ({"images": [{"id": 7, "file_name": "w" * 300}, images[1]]}, "1 of 2 images of .* are not below .*: wwww"),
     ):
         file.write_text(json.dumps({"images": images, "annotations": notes} | changed))
         with pytest.raises(ValueError, match=told):
