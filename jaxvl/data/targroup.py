@@ -15,8 +15,8 @@ a one-word reason:
 | KEY.jpg and KEY.png                                      | the first is the image                                 |
 | KEY.a.jpg with KEY.a.txt, KEY.b.jpg with KEY.b.txt       | two samples with one key                               |
 | KEY.jpg and KEY.a.jpg without KEY.a.txt                  | the first is the image, the other is left aside        |
-| KEY.a.jpg with KEY.txt, KEY.b.jpg with KEY.b.txt         | "nocaption" and "noimage", and one sample              |
-| KEY.a.jpg with KEY.txt, or KEY.b.txt, throughout         | one sample each, "joined" (tarjoin.py)                 |
+| KEY.1.jpg with KEY.2.txt, or with KEY.txt                | "nocaption" and "noimage"                              |
+| KEY.a.jpg with KEY.b.txt, or with KEY.txt, throughout    | one sample each, "joined" (tarjoin.py)                 |
 | KEY.a.jpg, KEY.b.jpg and KEY.txt, or no image extension  | "ambiguous"                                            |
 | images/KEY.jpg with captions/KEY.txt, throughout         | one sample each, "joined"                              |
 | cats/KEY.jpg with dogs/KEY.txt                           | "nocaption" and "noimage"                              |
@@ -36,7 +36,6 @@ from jaxvl.data import formats
 from jaxvl.data.tarjoin import Sample, join_folders, join_stems
 from jaxvl.data.tarwalk import Damage, Member
 
-SLOTS = ("image", "text", "json", "cls")
 IMAGES = (
     "jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "avif", "ico", "img", "image",
 )  # fmt: skip

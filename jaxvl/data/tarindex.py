@@ -17,8 +17,8 @@ import numpy as np
 from jaxvl.data.kept import SIZE, digest_of, write_whole
 from jaxvl.data.nottar import kind_of
 from jaxvl.data.reasons import REASONS
-from jaxvl.data.targroup import SLOTS, group
-from jaxvl.data.tarjoin import UNCAPTIONED, Sample
+from jaxvl.data.targroup import group
+from jaxvl.data.tarjoin import SLOTS, UNCAPTIONED, Sample
 from jaxvl.data.tarwalk import BLOCK, walk
 
 MAGIC = b"jaxvlidx"

@@ -1,15 +1,19 @@
 """The parts of one sample that are named apart: joined where a shard is laid out that way throughout, by rule.
 
-A member is named FOLDER/KEY.INFIX.EXTENSION, mostly without infix. Parts that differ in the infix are one sample where
-each kind of part has one infix of its own in all samples (KEY.photo.jpg with KEY.caption.txt, at least two of them), and
-parts that differ in the folder where the one says that it holds images, and holds no texts, and the other the reverse
-(images/ with captions/). Anything else could be a sample that lost its text beside one that lost its image, so it is
-two bad samples.
+A member is named FOLDER/KEY.INFIX.EXTENSION, mostly without infix. Parts that differ in the infix are one sample
+
+- where each kind of part has one infix of its own in all samples: KEY.photo.jpg with KEY.caption.txt, at least two of them;
+- where the infix of the image is a word that only images have which are the only one of their key: KEY.orig.jpg with KEY.txt.
+
+Parts that differ in the folder are one sample where the one folder says that it holds images, and holds no texts, and
+the other the reverse: images/ with captions/. Anything else could be a sample that lost its text beside one that lost
+its image, so it is two bad samples.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 
+SLOTS = ("image", "text", "json", "cls")
 UNCAPTIONED = ("nocaption", "blank")  # bad as a pair, good as an image
 LIMITS = {"image": 1 << 27, "text": 1 << 24, "json": 1 << 24, "cls": 1 << 10}
 LEAST = 2  # samples that show that an infix is the name of a part, and not of a sample
@@ -80,8 +84,16 @@ def join_stems(samples: list[Sample]) -> tuple[list[Sample], bool]:
     rule = _infixes([*(s for parts in several for s in parts), *whole])
     if rule and sum(len({infix for infix in rule.values() if any(s.infix == infix for s in parts)}) > 1 for parts in several) < LEAST:
         rule = {}
-    left = {id(s) for parts in several for s in (_by_rule(parts, rule) if rule else _alone(parts))}
-    return [s for s in samples if id(s) not in left], bool(rule)
+    words = set() if rule else _words(groups.values())
+    left, joined = set(), bool(rule)
+    for parts in several:
+        if not rule and (one := _only(parts, words)):
+            one.fill(next(s for s in parts if not s.infix), SLOTS)
+            gone, joined = [s for s in parts if s is not one], True
+        else:
+            gone = _by_rule(parts, rule) if rule else _alone(parts)
+        left |= {id(s) for s in gone}
+    return [s for s in samples if id(s) not in left], joined
 
 
 def _infixes(parts: Iterable[Sample]) -> dict[str, bytes]:
@@ -100,7 +112,24 @@ def _infixes(parts: Iterable[Sample]) -> dict[str, bytes]:
     return {slot: min(infixes) for slot, infixes in found.items()}
 
 
-def _by_rule(parts: Sequence[Sample], rule: dict[str, bytes]) -> Sequence[Sample]:
+def _words(groups: Iterable[Sequence[Sample]]) -> set[bytes]:
+    """The infixes that are words and that only images have which are the only one of their key."""
+    words, others = set[bytes](), set[bytes]()
+    for parts in groups:
+        images = [s for s in parts if "image" in s.names]
+        for part in parts:
+            (words if part.bare and len(images) == 1 else others).add(part.infix)
+    return {word for word in words - others if word[1:].isalpha()}
+
+
+def _only(parts: Sequence[Sample], words: set[bytes]) -> Sample | None:
+    """The only image of a key, where it has one of these infixes and the text has none."""
+    images = [s for s in parts if "image" in s.names]
+    fits = len(images) == 1 and images[0].bare and images[0].infix in words and any(s.names and not s.infix for s in parts)
+    return images[0] if fits else None
+
+
+def _by_rule(parts: Sequence[Sample], rule: dict[str, bytes]) -> list[Sample]:
     """Join the parts of one key; those that are no samples any more."""
     at = {s.infix: s for s in parts}
     first = at.get(rule["image"], parts[0])
@@ -110,7 +139,7 @@ def _by_rule(parts: Sequence[Sample], rule: dict[str, bytes]) -> Sequence[Sample
     return [s for s in parts if s is not first]
 
 
-def _alone(parts: Sequence[Sample]) -> Sequence[Sample]:
+def _alone(parts: Sequence[Sample]) -> list[Sample]:
     """Of the parts of one key, those that are no samples: what is beside a plain image, or all but one where none can be chosen."""
     plain = next((s for s in parts if not s.infix and "image" in s.names), None)
     bare, texts = [s for s in parts if s.bare], [s for s in parts if s.names and "image" not in s.names]

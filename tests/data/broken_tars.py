@@ -177,7 +177,7 @@ def entries() -> dict[str, Case]:
         ("000004.txt", b"four"),
     ]
     case.entries += [("000001.depth.png", picture(9)), ("000005.en.txt", b"five"), ("000005.small.jpg", picture(5))]
-    case.good, case.bad = [*case.good, "photo"], ["000004", "000005"]
+    case.good, case.bad = [*case.good, "photo", "000004"], ["000005"]
     case = cases["parts by name"] = Case("every sample")
     for n in (1, 2):
         (_, a), (_, b), (_, c) = members(n)
