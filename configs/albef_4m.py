@@ -6,9 +6,11 @@ jaxvl train --config=configs/albef_4m.py --workdir=/runs/albef_4m
 from ml_collections import ConfigDict
 from tcl_4m import get_config as base
 
+AUGMENT = dict(views=1, flip=0.5, randaugment=2, randaugment_level=7.0, randaugment_prob=0.5)
+
 
 def get_config() -> ConfigDict:
     config = base()
     config.method.align = "cma"
-    config.augment = dict(views=1, flip=0.5, randaugment=2, randaugment_level=7.0, randaugment_prob=0.5)
+    config.augment = AUGMENT
     return config

@@ -6,13 +6,17 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import transformers
 from running import leaves, metrics
 
 from jaxvl import assembly, config as configs, manifest, train, words
 from jaxvl.data import decode, lexicon
 from jaxvl.data.dataset import decode_options
+from jaxvl.interop import initial, published
 from jaxvl.mesh import make_mesh
+from jaxvl.methods import fused_options, tcl
 from jaxvl.methods.method import Run
+from jaxvl.models import kinds
 from jaxvl.parts import assemble
 from jaxvl.tiny import shrink
 
@@ -88,3 +92,68 @@ def test_every_recipe_cuts_at_random(file):
     for size in ((64, 64),) if file.stem.endswith(("small", "mini", "quickstart")) else ((640, 480), (480, 640)):
         boxes = {decode.random_box(*size, decode_options(data), np.random.default_rng(seed).random(decode.UNIFORMS)) for seed in range(40)}
         assert len(boxes) > 10, f"{size}: {boxes}"
+
+
+# What papers of one family have of their own; all else of two recipes is the same.
+VIEWS = {"augment.views", "augment.jitter", "augment.grayscale", "augment.blur"}
+OWN = {
+    ("tcl_4m", "albef_4m"): {"method.align", *VIEWS},
+    ("albef_4m", "codis_4m"): {"method.name", "method.scope", "method.unfilled"},
+    ("tcl_cc12m", "codis_cc12m"): {"method.name", "method.scope", "method.unfilled", *VIEWS},
+    ("tcl_small", "codis_small"): {"method.name", "method.scope", "method.unfilled", "augment.views"},
+    ("clip_quickstart", "siglip_quickstart"): {"method.name", "method.temperature"},
+}
+DATA = ("data.", "train.", "evals.", "checkpoint.", "mesh.", "log.")
+SHARED = (("clip_vitb16_cc12m", "siglip_vitb16_cc12m"), ("clip_vitb16_cc12m", "clip_vitl14_cc12m"))
+
+
+def different(one, other):
+    """The keys that both of two recipes have, with different values."""
+    one, other = (configs.flat(configs.load(f"configs/{name}.py").to_dict()) for name in (one, other))
+    return {key for key in one.keys() & other.keys() if one[key] != other[key]}
+
+
+def trunk_of(name):
+    options = configs.read(configs.load(f"configs/{name}.py")).method
+    return fused_options.of_method(tcl.resolve(options) if isinstance(options, tcl.TclOptions) else options)
+
+
+@pytest.mark.parametrize(("one", "other"), OWN)
+def test_recipes_of_a_family_differ_where_their_papers_do(one, other):
+    assert different(one, other) == OWN[one, other]
+    if "clip" not in one:
+        assert trunk_of(one) == trunk_of(other)
+
+
+@pytest.mark.parametrize(("one", "other"), SHARED)
+def test_recipes_of_one_set_see_and_measure_the_same(one, other):
+    assert {key for key in different(one, other) if key.startswith(DATA)} <= {"mesh.fsdp"}
+
+
+PUBLISHED = {
+    "deit-base": lambda: transformers.ViTConfig(),
+    "bert-base": lambda: transformers.BertConfig(),
+    "dinov2-base": lambda: transformers.Dinov2Config(image_size=518, patch_size=14),
+    "dinov2-small": lambda: transformers.Dinov2Config(image_size=518, patch_size=14, hidden_size=384, num_attention_heads=6),
+    "Llama-2-7b": lambda: transformers.LlamaConfig(rms_norm_eps=1e-5),
+}
+STARTS = {
+    **{f"{name}_{data}": ("deit-base", "bert-base") for name in ("tcl", "codis") for data in ("4m", "cc12m")}, "albef_4m": ("deit-base", "bert-base"),
+    "lexvla_cc12m": ("dinov2-base", "Llama-2-7b"), **{f"hpl_{name}": ("dinov2-small", "") for name in ("cub200", "cars196", "sop", "inshop", "inaturalist")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", STARTS)
+def test_recipes_start_from_the_models_that_they_name(recipe):
+    """Nothing that changes what the weights compute differs from the published model but what config.init.differ names."""
+    read = configs.read(configs.load(f"configs/{recipe}.py"))
+    for name, model in zip(("image", "text"), STARTS[recipe], strict=True):
+        if not model:
+            continue
+        theirs = getattr(published.describe(PUBLISHED[model]().to_dict(), {"mask_token", "cls.predictions.bias"}), name)
+        ours = getattr(read, name)
+        if name == "text":
+            ours = ours._replace(vocab_size=ours.vocab_size or theirs.vocab_size)
+            theirs = theirs._replace(depth=theirs.depth - getattr(read.method, "fusion_depth", 0))
+        ours = kinds.of(ours).resolve(ours, name)
+        assert initial._differences(name, model, ours, theirs, read.init.differ) == []
