@@ -10,7 +10,7 @@ from collections.abc import Iterator
 CONTAINERS = (b"meta", b"moov", b"trak", b"mdia", b"minf", b"stbl")
 SEQUENCE = 1  # type of the open bitstream unit that tells the size
 UNITS = 8  # of a frame, in which the sequence header is looked for
-PLACES = 1 << 12  # frames that are looked at; a grid of tiles has some hundreds
+PLACES = 1 << 12  # boxes, items and frames that are looked at; a grid of tiles has some hundreds
 
 
 def coded(image: bytes) -> int:
@@ -21,7 +21,9 @@ def coded(image: bytes) -> int:
 
 def _boxes(image: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """(type, start and end of what it holds) of the boxes in a stretch."""
-    while at + 8 <= end:
+    for _ in range(PLACES):
+        if at + 8 > end:
+            return
         size, kind = struct.unpack_from(">L4s", image, at)
         begin = at + 8
         if size == 1:
@@ -53,7 +55,9 @@ def _items(image: bytes, at: int, end: int, data: int) -> Iterator[int]:
     offset, length, base, index = sizes >> 4, sizes & 15, more >> 4, (more & 15) * (version > 0)
     wide = 4 if version == 2 else 2
     at += 6 + wide
-    while at < end:
+    for _ in range(PLACES):
+        if at >= end:
+            return
         at += wide
         method = int.from_bytes(image[at : at + 2]) & 15 if version else 0
         at += (2 if version else 0) + 2

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jaxvl.data import avif, orientation
 from jaxvl.data.formats import Undecodable
 
-PARTS = 1 << 20  # chunks of a file; the pieces of a large image are some 10,000, and metadata can add to them
+PARTS = 1 << 18  # chunks or blocks of a file; the pieces of a large image are some 10,000, and metadata can add to them
 TEXT = 1 << 20  # bytes of a text chunk that are searched for an orientation
 TABLES = 1 << 20  # bytes of TIFF tags, of which Pillow makes Python numbers
 EXIF_TEXT, XMP_TEXT = b"Raw profile type exif", b"XML:com.adobe.xmp"  # keys of PNG text chunks
@@ -49,7 +49,7 @@ def bare(image: bytes, kind: str) -> Bare:
 
 
 def _png(image: bytes) -> Bare:
-    kept, exif, xmp, profile, extra = [b"\x89PNG\r\n\x1a\n"], b"", b"", b"", 0
+    kept, exif, xmp, profile, size, extra = [b"\x89PNG\r\n\x1a\n"], b"", b"", b"", (0, 0), 0
     at, whole = 8, memoryview(image)
     for _ in range(PARTS):
         if at + 12 > len(image):
@@ -62,7 +62,8 @@ def _png(image: bytes) -> Bare:
             if zlib.crc32(whole[at + 4 : end - 4]) != int.from_bytes(image[end - 4 : end]):
                 raise Undecodable("corrupt", f"the checksum of its chunk {name.decode()} is wrong")
             if name == b"IHDR" and length >= 10:
-                extra = 2 * int.from_bytes(body[:4]) * 4 * body[8] // 8  # two rows
+                size = struct.unpack(">LL", body[:8])
+                extra = 2 * size[0] * 4 * body[8] // 8  # two rows
             kept.append(image[at:end])
         elif name == b"IEND":
             break
@@ -81,11 +82,11 @@ def _png(image: bytes) -> Bare:
         digits = b"".join(profile.split(b"\n")[3:])
         exif = bytes.fromhex(digits.decode("ascii")) if re.fullmatch(rb"(?:[0-9a-fA-F]{2})*", digits) else b""
     kept.append(b"\0\0\0\0IEND\xaeB`\x82")
-    return Bare(b"".join(kept), "PNG", orientation.read(exif, xmp), extra=extra)
+    return Bare(b"".join(kept), "PNG", orientation.read(exif, xmp), size, extra)
 
 
 def _text(name: bytes, body: bytes) -> bytes:
-    """The text of a PNG chunk, its first megabyte where it is compressed; empty where it cannot be inflated."""
+    """The first megabyte of the text of a PNG chunk; empty where it cannot be inflated."""
     _, _, text = body.partition(b"\0")
     packed = name == b"zTXt"
     if packed:
@@ -94,7 +95,7 @@ def _text(name: bytes, body: bytes) -> bytes:
         packed = text[:1] == b"\1"
         text = text[2:].partition(b"\0")[2].partition(b"\0")[2]
     try:
-        return zlib.decompressobj().decompress(text, TEXT) if packed else text
+        return zlib.decompressobj().decompress(text, TEXT) if packed else text[:TEXT]
     except zlib.error:
         return b""
 
@@ -103,7 +104,9 @@ def _gif(image: bytes) -> Bare:
     """The first frame, with the last graphic control extension in front of it."""
     at = 13 + (3 << (image[10] & 7) + 1 if len(image) > 10 and image[10] & 0x80 else 0)
     screen, control = image[:at], b""
-    while at < len(image):
+    for _ in range(PARTS):
+        if at >= len(image):
+            break
         if image[at] == 0x2C:
             begin = at
             flags = image[at + 9] if at + 9 < len(image) else 0
@@ -152,7 +155,7 @@ def _webp(image: bytes) -> Bare:
 
 
 def _ico(image: bytes) -> Bare:
-    """The largest picture of an icon, of those the one of most colours: the one that Pillow takes, with its own size checked."""
+    """The largest picture of an icon, of those the one of fewest colours, as Pillow takes it; its own size is read, not the list's."""
     found = []
     for number in range(int.from_bytes(image[4:6], "little")):
         entry = image[6 + 16 * number : 22 + 16 * number]
@@ -160,10 +163,11 @@ def _ico(image: bytes) -> Bare:
             break
         width, height, colours, _, _, bits, size, at = struct.unpack("<BBBBHHLL", entry)
         depth = bits or ((colours - 1).bit_length() if colours else 0) or 256
-        found.append((-(width or 256) * (height or 256), depth, number, entry, image[at : at + size]))
+        found.append((-(width or 256) * (height or 256), depth, number, entry, at, size))
     if not found:
         raise Undecodable("truncated", "it lists no picture")
-    *_, entry, picture = min(found)
+    *_, entry, at, size = min(found)
+    picture = image[at : at + size]
     if picture.startswith(b"\x89PNG"):
         return _png(picture)
     if len(picture) < 16:

@@ -49,7 +49,7 @@ BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "raw"} | dict.fromkeys(
 )  # of ISO base media files
 GENERAL = (b"mif1", b"msf1")  # brands of pictures in any coding; without another it is HEIC or one rarer still
 VECTOR = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml|<!--|<!DOCTYPE svg|<svg[\s>])", re.IGNORECASE)
-SNIFFED = 1024  # bytes in which an SVG document shows itself
+SNIFFED = 1024  # bytes in which a format shows itself, of which SVG takes the most
 
 
 class Undecodable(ValueError):
@@ -62,6 +62,7 @@ class Undecodable(ValueError):
 
 def sniff(head: bytes) -> str:
     """The format that a file of these first bytes has: a key of READ, "WEBP" or "AVIF", a key of UNREAD, or "" for none of them."""
+    head = head[:SNIFFED]
     if head[:4] == b"RIFF":
         return "WEBP" if head[8:12] in (b"WEBP", b"") else ""
     if head[4:8] == b"ftyp":
@@ -82,7 +83,7 @@ def sniff(head: bytes) -> str:
     for word, (_, starts, _) in UNREAD.items():
         if starts and head.startswith(starts):
             return word
-    if VECTOR.match(head) and re.search(rb"<svg[\s>]", head[:SNIFFED], re.IGNORECASE):
+    if VECTOR.match(head) and re.search(rb"<svg[\s>]", head, re.IGNORECASE):
         return "svg"
     return ""
 

@@ -9,13 +9,19 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from jaxvl.data.formats import Undecodable
+
 SOI, EOI, SOS = 0xD8, 0xD9, 0xDA
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame, of any coding
 PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 BARE = (*range(0xD0, 0xD8), 0x01)  # markers without a length
-MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # in coded data: neither a stuffed byte nor a restart
+MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in coded data: neither a stuffed byte nor a restart
+FILL = re.compile(rb"\xff*")
+PARTS = 1 << 18  # segments of a file
+LONGEST = 1 << 20  # bytes of EXIF that are put together from its pieces
 EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 TRAILER = re.compile(rb"SEFH.{4}(.{4})", re.DOTALL)  # of Samsung's phones; its directory is the file's last
+BLOCKS = 1 << 10  # of such a trailer
 
 
 class Segment(NamedTuple):
@@ -44,16 +50,16 @@ class Jpeg(NamedTuple):
 
 
 def segments(image: bytes) -> Iterator[Segment]:
-    """The segments of a JPEG up to its end mark, or the start of another, or as far as they are whole."""
+    """The segments of a JPEG up to its end mark, or the start of another, or as far as they are whole. Raises Undecodable for too many."""
     at = 2
-    while True:
-        while image[at : at + 1] == b"\xff" and image[at + 1 : at + 2] == b"\xff":
-            at += 1  # fill bytes
+    for _ in range(PARTS):
+        if image[at : at + 2] == b"\xff\xff":
+            at = FILL.match(image, at).end() - 1  # type: ignore[union-attr]
         if image[at : at + 1] != b"\xff" or at + 2 > len(image):
             found = MARKER.search(image, at)  # a stretch that is no segment; decoders skip it with a warning
             if found is None:
                 return
-            at = found.end() - 2
+            at = found.start()
         marker = image[at + 1]
         if marker in (SOI, EOI):  # of the next image where this one's end mark is missing
             yield Segment(marker, at, b"")
@@ -71,7 +77,8 @@ def segments(image: bytes) -> Iterator[Segment]:
             found = MARKER.search(image, at)
             if found is None:
                 return
-            at = found.end() - 2
+            at = found.start()
+    raise Undecodable("bomb", f"it has more than {PARTS:,} segments")
 
 
 def look(image: bytes) -> Jpeg:
@@ -88,7 +95,7 @@ def look(image: bytes) -> Jpeg:
             most = max((h for _, h, _ in sizes), default=1) or 1, max((v for _, _, v in sizes), default=1) or 1
             for component, h, v in sizes:
                 blocks[component] = -(-width * h // (8 * most[0])) * -(-height * v // (8 * most[1]))
-        elif marker == 0xE1 and body.startswith(EXIF):
+        elif marker == 0xE1 and body.startswith(EXIF) and len(exif) < LONGEST:
             exif += body[len(EXIF) :] if exif else body  # a block above 64 KiB comes in pieces
         elif marker == 0xE1 and body.startswith(XMP):
             xmp = body[len(XMP) :]
@@ -131,7 +138,7 @@ def ended(image: bytes) -> bytes | None:
     if found is not None and found[0][-1] not in (EOI, SOI):
         found = None  # of a trailer that is no JPEG
     end = min(found.start() if found else len(image), _trailer(image))
-    coded = image[start:end].rstrip(b"\0")
+    coded = image[start:end].rstrip(b"\xff" if found else b"").rstrip(b"\0")
     if coded.endswith(b"\xff"):
         coded += b"\0"  # which is stuffed, and no padding
     if look(image).progressive and not _refined(image):
@@ -148,7 +155,7 @@ def _trailer(image: bytes) -> int:
     if found is None:
         return len(image)
     number = int.from_bytes(found[1], "little")
-    back = [int.from_bytes(image[i + 4 : i + 8], "little") for i in range(at + 12, min(at + 12 + 12 * number, len(image)), 12)]
+    back = [int.from_bytes(image[i + 4 : i + 8], "little") for i in range(at + 12, min(at + 12 + 12 * min(number, BLOCKS), len(image)), 12)]
     return max(0, at - max(back, default=0))
 
 

@@ -12,6 +12,7 @@ TAG = 0x0112
 MOST = 1 << 16  # entries of a directory; a TIFF cannot have more, and a BigTIFF has no use for them
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}  # bytes of a TIFF type
 NUMBERS = {1: "B", 3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 13: "L", 16: "Q"}  # its whole numbers, as struct writes them
+PREFIX = re.compile(rb"\A(?:Exif\0\0)*+")
 XMP = re.compile(rb"tiff:Orientation(?:=\"|>)([0-9])")
 
 
@@ -67,8 +68,7 @@ def first(data: bytes, entry: Entry) -> int | None:
 
 def of_exif(block: bytes) -> int | None:
     """The orientation in an EXIF block, None where it says nothing."""
-    while block.startswith(b"Exif\0\0"):
-        block = block[6:]
+    block = PREFIX.sub(b"", block)
     try:
         found = [entry for entry in entries(block) if entry.tag == TAG]
     except ValueError:

@@ -214,8 +214,9 @@ def _in_bands(height: int, width: int, convert: Any) -> np.ndarray:
 def _pillow_pixels(picture: Image.Image) -> np.ndarray:
     picture.load()
     width, height = picture.size
+    band = lambda rows: picture if rows == slice(0, height) else picture.crop((0, rows.start, width, rows.stop))
     try:
-        return _in_bands(height, width, lambda rows: _rgb(picture.crop((0, rows.start, width, rows.stop))))
+        return _in_bands(height, width, lambda rows: _rgb(band(rows)))
     finally:
         picture.close()  # its pixels are as large as the result
 

@@ -26,7 +26,7 @@ REASONS = {
     "undecodable": "the caption is no UTF-8",
     "corrupt": "the image cannot be decoded",
     "notimage": "the image is something else, such as a web page",
-    "bomb": "the image's header declares more pixels than data.max_pixels",
+    "bomb": "decoding the image would take more than data.max_pixels, or more than 512 MiB",
     "tiny": "the image is smaller than data.min_side",
     "unlabelled": "the field that data.label names is missing",
     "unidentified": "the field that data.id names is missing",

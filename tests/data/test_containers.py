@@ -185,9 +185,9 @@ def test_the_frames_of_an_avif_are_sized_themselves(monkeypatch):
             image = photo(*size).convert(mode)
             for more in ({}, {"save_all": True, "append_images": [image]}, {"exif": exif(6)}):
                 assert coded(avif(image, **more)) == size[0] * size[1]
-    data = avif(photo(1000, 1000))
+    data = avif(photo(700, 700))
     at = data.index(b"ispe") + 8
-    monkeypatch.setattr(pixels, "MEMORY", 1 << 23)
+    monkeypatch.setattr(pixels, "MEMORY", 1 << 22)
     assert refused(data) == refused(data[:at] + struct.pack(">2L", 64, 64) + data[at + 8 :]) == "bomb"
     assert decode_eval(avif(photo(64, 64)), OPTIONS).shape == (32, 32, 3)
 
@@ -219,6 +219,43 @@ def test_memory_is_told_from_the_header_by_bytes(monkeypatch):
         begin = time.process_time()
         assert refused(data) == "bomb", name
         assert time.process_time() - begin < 1, name
+
+
+MANY = 1 << 19
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(lambda: b"\xff\xd8" + b"\xff\xfe\0\2" * MANY, id="segments"),
+        pytest.param(lambda: b"\xff\xd8" + b"\xff" * MANY + b"\0" + encode(photo())[2:], id="fill"),
+        pytest.param(lambda: encode(photo())[:-40] + b"\xff" * MANY + b"\0", id="fill in coded data"),
+        pytest.param(lambda: encode(photo())[:2] + segment(0xE1, b"Exif\0\0" * 10_000) * 300 + encode(photo())[2:], id="EXIF in pieces"),
+        pytest.param(lambda: with_chunks(encode(photo(), "PNG"), b"\0\0\0\0abcd\0\0\0\0" * MANY), id="chunks"),
+        pytest.param(lambda: with_chunks(encode(photo(), "PNG"), chunk(b"tEXt", b"Raw profile type exif\0" + b"\n" * MANY * 8)), id="text"),
+        pytest.param(lambda: b"GIF89a\1\0\1\0\0\0\0" + b"!\xfe\0" * MANY, id="extensions"),
+        pytest.param(
+            lambda: struct.pack("<HHH", 0, 1, 65535) + struct.pack("<BBBBHHLL", 9, 9, 0, 0, 1, 32, MANY * 4, 0) * 65535, id="icons"
+        ),
+        pytest.param(lambda: encode(photo(), "WEBP")[:12] + b"abcd\0\0\0\0" * MANY, id="RIFF chunks"),
+        pytest.param(lambda: b"\0\0\0\x10ftypavif\0\0\0\0" + b"\0\0\0\x08free" * MANY, id="boxes"),
+        pytest.param(
+            lambda: b"\0\0\0\x10ftypavif\0\0\0\0" + b"".join(struct.pack(">L", 1 << 20) + b"moov" for _ in range(5000)), id="depth"
+        ),
+        pytest.param(lambda: b"\0\0\0\x10ftypavif\0\0\0\0" + struct.pack(">L", 8 * MANY) + b"iloc" + bytes(8 * MANY), id="items"),
+        pytest.param(lambda: b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0" + b"\xff" * 8 + bytes(20) * MANY, id="tags"),
+        pytest.param(lambda: b" " * MANY * 8, id="spaces"),
+        pytest.param(lambda: b"P6" + b"#\n" * MANY + b"8 8 255 ", id="comments"),
+    ],
+)
+def test_no_structure_takes_long(data):
+    image = data()
+    begin = time.process_time()
+    try:
+        decode_eval(image, OPTIONS)
+    except Undecodable as error:
+        assert error.reason in REASONS
+    assert time.process_time() - begin < 2
 
 
 def test_comments_of_any_length_stand_in_a_ppm():
