@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import NoReturn
 from jaxvl import faults
 from jaxvl.terminal import guard, tell, visible
 
+# Not when the process began: a script that installs and then runs this command with `exec` is one process.
+BEGAN = time.perf_counter()
 DESCRIPTION = "Vision-language pre-training in JAX: train, evaluate, prepare data, measure."
 
 
@@ -253,7 +256,7 @@ def _leave(status: int) -> int:
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:
-    from jaxvl import config, hosts, report, train
+    from jaxvl import config, hosts, train
 
     hosts.name_by_flags(args.coordinator, args.process, os.environ)
     recipe = config.load(args.config, overrides)
@@ -261,7 +264,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
         from jaxvl.tiny import shrink
 
         recipe = shrink(recipe)
-    return train.train(recipe, args.workdir, age=report.process_age())
+    return train.train(recipe, args.workdir, age=time.perf_counter() - BEGAN)
 
 
 def _eval(args: argparse.Namespace, overrides: list[str]) -> int:

@@ -116,3 +116,14 @@ def test_advice_names_what_can_be_installed(monkeypatch):
     assert "pip install libtpu" in outside.ABSENT
     text = "".join(p.read_text() for p in (Path(cli.__file__).parent).rglob("*.py"))
     assert not re.search(r"pip install '?jaxvl", text)
+
+
+def test_a_run_begins_with_the_command_and_not_with_the_script_that_installed_it(tmp_path):
+    """launch/quickstart installs, then becomes this command: of that time goodput must know nothing."""
+    code = "import sys; from jaxvl import cli, train; train.train = lambda *_, age: print(age) or 0; sys.exit(cli.main(sys.argv[1:]))"
+    config = Path(__file__).parent.parent / "configs" / "clip_quickstart.py"
+    script = f'sleep 3; exec "$0" -c "$1" train --config={config} --workdir={tmp_path}'
+    age = float(subprocess.run(["bash", "-c", script, sys.executable, code], capture_output=True, text=True, check=True).stdout)
+    begun = float(subprocess.run([sys.executable, "-c", "import time; t = time.perf_counter(); import jaxvl.train; print(time.perf_counter() - t)"],
+                                 capture_output=True, text=True, check=True).stdout)  # fmt: skip
+    assert 0.1 < age < begun + 3

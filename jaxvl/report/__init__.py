@@ -1,7 +1,6 @@
 """What a person watches while a run goes, and reads when it is over. The faces; each module here does one thing."""
 
 from jaxvl.progress import progress, say
-from jaxvl.report.clock import process_age
 from jaxvl.report.log import RunLog, open_log
 from jaxvl.report.metrics import read_metrics
 from jaxvl.report.options import LogOptions, check
@@ -15,7 +14,6 @@ __all__ = [
     "last_line",
     "open_log",
     "print_values",
-    "process_age",
     "progress",
     "read_metrics",
     "say",

@@ -7,13 +7,11 @@ inputs are times the host notes as it goes and the times at which batch and step
 """
 
 import contextlib
-import os
 import statistics
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 STEP = ("data", "transfer", "compute", "other")  # phases of a step, in order
@@ -77,15 +75,6 @@ class Activity(NamedTuple):
     phase: str
     since: float
     usual: float | None
-
-
-def process_age() -> float:
-    """Seconds since this process began, imports and all; 0.0 where the system does not tell (it does on Linux)."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # field 22, past the name
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
-    except (OSError, AttributeError):
-        return 0.0
 
 
 class Clock:

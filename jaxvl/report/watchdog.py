@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -66,15 +67,17 @@ class Watchdog:
     def _dump(self, now: Activity, lasted: float) -> None:
         usual = "" if now.usual is None else f", {lasted / max(now.usual, 1e-9):,.0f} times the median of {now.usual:.3g} s"
         where = f"phase: {now.phase}, after step {self._step():,}"
-        head = f"watchdog: nothing has ended for {duration(lasted)}{usual}; {where}"
+        head = f"watchdog: process {self._process} on {socket.gethostname()}: nothing has ended for {duration(lasted)}{usual}; {where}"
+        tell(head, error=True)  # at once; to learn what the others do takes two looks
         number = sum(1 for _ in self._folder.glob(f"stacks-{self._process}-[0-9]*.txt"))
         path = self._folder / f"stacks-{self._process}-{number}.txt"
         with open(path, "w", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {head}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
+        stacks = path.read_text().partition("\n")[2]
         if who := self._missing():
             tell(f"watchdog: {who}", error=True)
             with open(path, "a", encoding="utf-8") as file:
                 file.write(f"{who}\n")
-        tell(f"{path.read_text()}these stacks are in {path}; the run goes on", error=True)
+        tell(f"{stacks}these stacks are in {path}; the run goes on", error=True)
