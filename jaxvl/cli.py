@@ -110,8 +110,6 @@ def parser() -> argparse.ArgumentParser:
             "--indexes", default="", help="folder of the indexes (default: in the cache); hosts of one run share it as data.indexes"
         )
         verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
-        verb.add_argument("--caption-field", default="", help="field of KEY.json with the captions (default: KEY.txt, or found by looking)")
-        verb.add_argument("--label", default="", help="field of KEY.json with the label, or cls for KEY.cls (default: found by looking)")
     index.add_argument("--rebuild", action="store_true", help="make the indexes anew; takes back what check --record left out")
     check.add_argument("--record", action="store_true", help="write what cannot be decoded into the index: later runs leave it out")
     make = data.add_parser("make", help="write shards: the embedded glyphs, a folder of images with captions, or an annotation file")
@@ -200,9 +198,10 @@ def parser() -> argparse.ArgumentParser:
     )
 
     bench = verbs.add_parser(
-        "bench", help="measure the input pipeline, the step, its terms, the loss or what a re-ranked pair costs; prints JSON"
+        "bench",
+        help="measure the input pipeline, the step, its terms, the loss, what a re-ranked pair costs or where clients of an export differ; prints JSON, of clients tables",
     )
-    bench.add_argument("what", choices=("input", "step", "terms", "loss", "rerank", "proxies", "evaluation", "search"))
+    bench.add_argument("what", choices=("input", "step", "terms", "loss", "rerank", "proxies", "evaluation", "search", "clients"))
     bench.add_argument("--config", help="step, terms, rerank: the config to measure (default: a small built-in one)")
     bench.add_argument("--rounds", type=int, default=3, help="alternated rounds; medians are reported (step: 0 compiles and runs nothing)")
     return top
@@ -331,12 +330,11 @@ def _data(args: argparse.Namespace, _: list[str]) -> int:
             split=args.split,
             layout=args.layout,
         )
-    shared = {"json": args.json, "indexes": args.indexes, "caption_field": args.caption_field, "label": args.label}
     if args.action == "check":
-        return tools.check(args.paths, record=args.record, **shared)
+        return tools.check(args.paths, json=args.json, record=args.record, indexes=args.indexes)
     if args.action == "index":
-        return tools.index(args.paths, rebuild=args.rebuild, **shared)
-    return tools.stats(args.paths, **shared)
+        return tools.index(args.paths, json=args.json, rebuild=args.rebuild, indexes=args.indexes)
+    return tools.stats(args.paths, json=args.json, indexes=args.indexes)
 
 
 def _search(args: argparse.Namespace, overrides: list[str]) -> int:

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvl.interop import albef, hugging_face, importing, load, onnx, peft, tensors
-from jaxvl.interop.vocabulary import write_tokenizer
+from jaxvl.interop import albef, cards, exported, hugging_face, importing, load, onnx, peft, tensors
+from jaxvl.interop.vocabulary import Given, write_tokenizer
 from jaxvl.mesh import path_str
 from jaxvl.methods import METHODS
 from jaxvl.models import lora, text as texts, vit as vits
@@ -113,11 +113,13 @@ def _difference(one: tuple[Any, Any], other: tuple[Any, Any]) -> float:
 def _hf(model: Model, folder: Path) -> dict[str, float]:
     recipe = model.recipe
     what = hugging_face.target(recipe.method, recipe.image, recipe.text, model.params, recipe.data.image_size)
+    siglip = what.architecture == "SiglipModel"  # its attention reads padding, so captions must come whole and without a mask
     hugging_face.write(folder, what, "float32")
     _json(folder / "config.json", {"architectures": [what.architecture], "dtype": "float32", **what.config})
-    _json(folder / "preprocessor_config.json", _preprocessor(recipe))
-    write_tokenizer(model.tokenizer, folder, what.ids)
-    (folder / "README.md").write_text(_card(model, what.architecture))
+    given = Given(cards.cleaning(recipe), ("input_ids",) if siglip else ("input_ids", "attention_mask"), siglip)
+    _json(folder / "preprocessor_config.json", cards.image_processor(recipe))
+    write_tokenizer(model.tokenizer, folder, what.ids, given)
+    (folder / "README.md").write_text(cards.transformers(model, what.architecture))
     images, tokens = random_input(model)
     ours, theirs = model.ours(images, tokens), tokens if what.ids is None else what.ids[tokens]
     faces = hugging_face.open_folder(folder)
@@ -127,15 +129,16 @@ def _hf(model: Model, folder: Path) -> dict[str, float]:
     except ImportError:
         say("torch is not installed, so the folder is not loaded in transformers here")
     else:
-        mask = None if what.architecture == "SiglipModel" else tokens != 0
+        mask = None if siglip else tokens != 0
         measured["transformers"] = _difference(ours, hugging_face.embeddings_in_torch(folder, images, theirs, mask))
     return measured
 
 
 def _safetensors(model: Model, folder: Path) -> dict[str, float]:
     _write_params(model, folder)
-    _json(folder / "config.json", {"format": "jaxvl", "step": model.step, "config": _sections(model.recipe)})
     model.tokenizer.save(folder / "tokenizer")
+    config = _sections(model.recipe)
+    _json(folder / "config.json", {"format": "jaxvl", "step": model.step, "config": config, exported.KEY: exported.sealed(config, folder)})
     params = flax.traverse_util.unflatten_dict({k: tensors.read(v) for k, v in tensors.find(folder).items()}, sep="/")
     return {"safetensors": _of_plain(model, params)}
 
@@ -158,8 +161,8 @@ def _stablehlo(model: Model, folder: Path) -> dict[str, float]:
         (folder / f"{name}.stablehlo").write_bytes(made.serialize())
         read = jax.export.deserialize(bytearray((folder / f"{name}.stablehlo").read_bytes()))
         programs.append(lambda p, x, read=read, start=name + "/": read.call({k: v for k, v in p.items() if k.startswith(start)}, x))
-    model.tokenizer.save(folder / "tokenizer")
-    (folder / "README.md").write_text(_STABLEHLO.format(size=images.shape[1], length=tokens.shape[1]))
+    _preparation(model, folder)
+    (folder / "README.md").write_text(cards.programs(model, "stablehlo"))
     stored = {k: tensors.read(v) for k, v in tensors.find(folder).items()}
     return {"jax.export": _difference(model.ours(images, tokens), (programs[0](stored, images), programs[1](stored, tokens)))}
 
@@ -172,9 +175,15 @@ def _onnx(model: Model, folder: Path) -> dict[str, float]:
         onnx.write(folder / f"{name}.onnx", getattr(model.plain, f"embed_{name}"), {name: model.params[name]}, inputs)
         for name, inputs in (("image", images), ("text", tokens))
     ]
-    model.tokenizer.save(folder / "tokenizer")
-    (folder / "README.md").write_text(_ONNX.format(size=images.shape[1], length=tokens.shape[1]))
+    _preparation(model, folder)
+    (folder / "README.md").write_text(cards.programs(model, "onnx"))
     return {"onnxruntime": _difference(model.ours(images, tokens), (made[0](images), made[1](tokens)))}
+
+
+def _preparation(model: Model, folder: Path) -> None:
+    """preprocessor_config.json and tokenizer/ of programs that take our ids, padded to their full length."""
+    _json(folder / "preprocessor_config.json", cards.image_processor(model.recipe))
+    write_tokenizer(model.tokenizer, folder / "tokenizer", None, Given(cards.cleaning(model.recipe), ("input_ids",), whole=True))
 
 
 def _albef(model: Model, folder: Path) -> dict[str, float]:
@@ -252,19 +261,6 @@ def _of_plain(model: Model, params: dict[str, Any]) -> float:
     return _difference(model.ours(images, tokens), faces(params, images, tokens))
 
 
-def _preprocessor(recipe: Any) -> dict[str, Any]:
-    """The evaluation's own preparation: the centred square or the whole image, antialiased bicubic, mean and deviation."""
-    size = recipe.data.image_size
-    square = {"height": size, "width": size}
-    crop = (
-        {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}
-        if recipe.data.fit == "crop"
-        else {"size": square, "do_center_crop": False}
-    )
-    return {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "resample": 3, **crop, "do_rescale": True, "rescale_factor": 1 / 255,
-            "do_normalize": True, "image_mean": list(recipe.augment.mean), "image_std": list(recipe.augment.std), "do_convert_rgb": True}  # fmt: skip
-
-
 def _sections(recipe: Any) -> dict[str, Any]:
     fields = lambda x: x._asdict() if hasattr(x, "_asdict") else x
     return {k: _sections(v) if isinstance(fields(v), dict) else v for k, v in fields(recipe).items()}
@@ -272,69 +268,3 @@ def _sections(recipe: Any) -> dict[str, Any]:
 
 def _json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _card(model: Model, architecture: str) -> str:
-    recipe = model.recipe
-    pad = 'padding="max_length"' if architecture == "SiglipModel" else "padding=True"
-    start = ", ".join(f"{name} tower from {getattr(recipe.init, name)}" for name in FACES if getattr(recipe.init, name)) or "random numbers"
-    return _CARD.format(
-        architecture=architecture, method=recipe.method.name, step=model.step, batch=recipe.train.batch_size, source=recipe.data.source, start=start, pad=pad,
-        size=recipe.data.image_size, length=model.tokenizer.context_length, count=f"{sum(x.size for x in jax.tree.leaves(model.params)):,}",
-    )  # fmt: skip
-
-
-_CARD = """---
-library_name: transformers
-tags: [jaxvl, {method}, vision-language]
----
-# {architecture} trained with jaxvl
-
-| | |
-|---|---|
-| method | {method} |
-| parameters | {count} |
-| started from | {start} |
-| trained on | `{source}` |
-| training | {step} steps of {batch} pairs |
-| images | {size} x {size} pixels |
-| captions | {length} tokens at most |
-
-```python
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-
-model = AutoModel.from_pretrained(folder).eval()
-pixels = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")
-tokens = AutoTokenizer.from_pretrained(folder)(captions, {pad}, truncation=True, max_length={length}, return_tensors="pt")
-out = model(**pixels, **tokens)
-similarity = out.text_embeds @ out.image_embeds.T
-```
-"""
-
-_STABLEHLO = """# Embedding functions as StableHLO
-
-`image.stablehlo` maps float32 [batch, {size}, {size}, 3] (normalised pixels), `text.stablehlo` int32 [batch, {length}] to float32
-embeddings of unit norm, for any batch, on cpu, cuda and tpu. Each takes the tensors of `model.safetensors` that begin with its name.
-
-```python
-import jax
-from safetensors.numpy import load_file
-
-embed = jax.export.deserialize(bytearray(open("image.stablehlo", "rb").read()))
-params = {{k: v for k, v in load_file("model.safetensors").items() if k.startswith("image/")}}
-embeddings = embed.call(params, images)
-```
-"""
-
-_ONNX = """# Embedding functions as ONNX
-
-`image.onnx` maps float32 [batch, {size}, {size}, 3] (normalised pixels), `text.onnx` int32 [batch, {length}] to float32 embeddings of unit
-norm, for any batch. The parameters are inside.
-
-```python
-import onnxruntime
-
-session = onnxruntime.InferenceSession("image.onnx")
-(embeddings,) = session.run(["embedding"], {{"input": images}})
-```
-"""

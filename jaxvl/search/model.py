@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from jaxvl import assembly, config as configs, manifest
 from jaxvl.data.lists import read_json
 from jaxvl.evals.embed import Model
-from jaxvl.interop import tensors
+from jaxvl.interop import exported as exports, tensors
 from jaxvl.mesh import make_mesh, shardings
 from jaxvl.methods.method import for_faces
 from jaxvl.parts import Parts
@@ -51,14 +51,17 @@ def open_run(run: Path, overrides: Sequence[str] = (), *, step: int | None = Non
     exported = content.get("format") == "jaxvl"
     if not exported and "method" not in content:
         raise ValueError(f"{file} is no config of jaxvl; of exports, search reads those of --format safetensors")
+    if exported and (missing := {"config", "step"} - content.keys()):
+        raise ValueError(f"{file} has no {' and no '.join(sorted(missing))}: export the run anew")
     if exported and (step is not None or ema):
         raise ValueError(f"{run} is an export, which has one set of weights; --step and --ema are of runs")
+    weights = exports.check(content, run) if exported else ""
     recipe = _exported_recipe(content, overrides) if exported else assembly.read_recipe(run, list(overrides))
     mesh = make_mesh(recipe.mesh)
     with jax.set_mesh(mesh):
         parts = assembly.build(recipe, run, None)
         if exported:
-            found, weights, params = content["step"], _digest(tensors.find(run)), _exported_params(parts, run, mesh)
+            found, params = content["step"], _exported_params(parts, run, mesh)
         else:
             restored = assembly.read_params(parts, run, mesh, step=step, ema=ema)
             found, params = restored.step, restored.state
@@ -110,11 +113,3 @@ def _placed(stored: tensors.Stored, where: NamedSharding) -> jax.Array:
 def _recipe_hash(recipe: configs.Recipe) -> str:
     seen = {name: getattr(recipe, name)._asdict() for name in SEEN} | {"image_size": recipe.data.image_size, "fit": recipe.data.fit}
     return hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _digest(stored: dict[str, tensors.Stored]) -> str:
-    whole = hashlib.sha256()
-    for path in sorted({tensor.file for tensor in stored.values()}):
-        with open(path, "rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()

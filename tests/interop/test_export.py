@@ -169,7 +169,7 @@ def test_onnx_runs_at_any_batch_size(name, tokenizer, tmp_path, capfd):
 @pytest.mark.skipif(ONNX, reason="jax2onnx is installed")
 def test_onnx_without_its_packages_says_how_to_get_them(tokenizer, tmp_path):
     parts, found = made(tokenizer, **CLIP)
-    with pytest.raises(ValueError, match=r"jax2onnx and onnxruntime not installed.*pip install 'jaxvl\[onnx\]'"):
+    with pytest.raises(ValueError, match=r"jax2onnx and onnxruntime not installed.*pip install '\.\[onnx\]'"):
         export.run(parts, found, "onnx", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

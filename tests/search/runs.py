@@ -18,6 +18,7 @@ SIZES = dict(variant="", width=16, depth=1, heads=2, mlp_dim=32, dtype="float32"
 LEXVLA = dict(
     method=dict(name="lexvla", adapter_heads=2, mlp1=16, mlp2=16, frozen_image=False), image={**SIZES, "patch": 8}, text={**SIZES, "pool": "last"},
     tokenizer=dict(name="words", vocab_size=512, context_length=24, end=False, prompt='the focus of "{}" lies on', lexicon="ascii_lower_len2"),
+    optim=dict(groups=(("^text_codebook$", 0.0),)),
 )  # fmt: skip
 CLIP = dict(
     method=dict(name="clip", width=8),

@@ -1,6 +1,7 @@
 """`jaxvl search` from a saved run and a folder of pictures, shards or texts to what it prints, against vectors embedded by hand."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -221,6 +222,27 @@ def test_an_export_embeds_as_its_run_did(made, tmp_path, capsys):
         model.open_run(tmp_path / "model", step=3)
     assert cli.main(["search", "index", str(made / "pictures"), str(made / "pictures"), "--index", str(tmp_path / "no")]) == 2
     assert "has no config.json" in capsys.readouterr().err
+
+
+def test_a_damaged_export_is_refused_by_name(made, tmp_path):
+    out = tmp_path / "model"
+    assert cli.main(["export", str(made / "lexvla"), "--format", "safetensors", "--out", str(out)]) == 0
+    for name, damage, words in (
+        ("tokenizer/tokenizer.json", lambda data: data.replace(b'"dog"', b'"gdo"', 1), "is not the file that the export was saved with"),
+        ("tokenizer/lexicon.json", None, "is missing"),
+        ("config.json", lambda data: data.replace(b"0.48145466", b"0.5"), "is not what was exported"),
+        ("model.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1]), "is not what was exported"),
+    ):
+        whole = (out / name).read_bytes()
+        if damage is None:
+            (out / name).unlink()
+        else:
+            assert damage(whole) != whole
+            (out / name).write_bytes(damage(whole))
+        with pytest.raises(ValueError, match=rf"{re.escape(str(out / name))} {words}"):
+            model.open_run(out)
+        (out / name).write_bytes(whole)
+    assert model.open_run(out).identity.step == 3
 
 
 def test_another_run_or_lexicon_is_refused(made, tmp_path, capsys):

@@ -1,0 +1,88 @@
+"""What a user calls, from files and strings to embeddings, gives what jaxvl gives; what a client cannot be made to do is in the card."""
+
+import importlib.util
+import json
+import re
+
+import numpy as np
+import pytest
+
+from jaxvl.bench import clients
+from jaxvl.bench.client_inputs import STRINGS, write_files
+from jaxvl.interop import export, onnx
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="torch is not installed; test_cleaning.py compares the ids without it"
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("files"), clients.SIZE)
+
+
+def card_code(folder, **names):
+    """The names that the Python of a folder's README.md defines."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    scope = {"folder": str(folder), **names}
+    exec(compile(code, str(folder / "README.md"), "exec"), scope)
+    return scope
+
+
+def beyond(found, family):
+    """(kind, client) that differ by more than they may, in images and in strings."""
+    return {
+        (kind, client)
+        for what, most in (("image", 1e-3), ("text", 1e-6))
+        for (kind, client), difference in found[what].items()
+        if not difference <= (1e-5 if kind == "JPEG, as large as the model's" else most)
+    }
+
+
+@pytest.mark.parametrize("family", [
+    name if name == "siglip" else pytest.param(name, marks=pytest.mark.long) for name in clients.FAMILIES
+])  # fmt: skip
+def test_every_client_agrees_or_is_named(family, files, tmp_path):
+    run = clients.exported(family, tmp_path / "out")
+    found = clients.measure(run, files, STRINGS)
+    unnamed = {key for key in beyond(found, family) if not clients.named(*key, family)}
+    assert not unnamed
+    # The card's own code: upright pictures and raw strings, all at once.
+    scope = card_code(tmp_path / "out", paths=list(files.values()), captions=list(STRINGS.values()))
+    for what, given, ours in (("image", files, run.image), ("text", STRINGS, run.text)):
+        theirs = clients.unit(scope["out"][f"{what}_embeds"].detach())
+        for got, (kind, one) in zip(theirs, given.items(), strict=True):
+            assert np.sum((got - ours(one)) ** 2) / 2 < (1e-3 if what == "image" else 1e-6) or clients.named(kind, "card", family), kind
+
+
+@pytest.mark.parametrize("kind", ["stablehlo", "onnx"])
+def test_programs_come_with_their_preparation(kind, files, tmp_path, monkeypatch):
+    """The README's code from files and strings to similarities; tokenizers whose ids are moved by one included."""
+    run = clients.exported("clip", tmp_path / "hf", data=dict(cleaning="albef", fit="squash"), tokenizer=dict(context_length=12))
+    if kind == "onnx":  # whose packages need an environment of their own: the files and the code around its two calls
+        monkeypatch.setattr(onnx, "check_installed", lambda: None)
+        monkeypatch.setattr(
+            onnx, "write", lambda path, face, params, inputs: (path.write_bytes(b"") and None) or (lambda x: face(run.found.state, x))
+        )
+        monkeypatch.setitem(__import__("sys").modules, "onnxruntime", Runtime(run))
+    export.run(run.parts, run.found, kind, tmp_path / "out")
+    some = dict(list(files.items())[2:6])
+    strings = [text for name, text in STRINGS.items() if name != "a special token's text"]
+    got = card_code(tmp_path / "out", paths=list(some.values()), captions=strings)["similarity"]
+    want = np.stack([run.text(text) for text in strings]) @ np.stack([run.image(path) for path in some.values()]).T
+    np.testing.assert_allclose(got, want, atol=0.03)
+    said = (tmp_path / "out" / "README.md").read_text()
+    for words in ("64 x 64 pixels", "bicubic", "0.48145466", "0.26862954", "lower case", "first 30 words", "12 at most"):
+        assert words in said
+    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())["do_center_crop"] is False
+
+
+class Runtime:
+    """What the card calls of onnxruntime, computed by the run."""
+
+    def __init__(self, run):
+        self.run_ = run
+
+    def InferenceSession(self, path):
+        face = getattr(self.run_.parts.method, "embed_" + path.rsplit("/", 1)[1].removesuffix(".onnx"))
+        return type("Session", (), {"run": lambda _, names, feed: [np.asarray(face(self.run_.found.state, feed["input"]))]})()
