@@ -111,6 +111,10 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+class Uncached(OSError):
+    """A shard, unpacked, is larger than the cache may hold."""
+
+
 class Opened(NamedTuple):
     """A descriptor of a plain tar, the stamp of the shard it is of, and whether that was a damaged compressed stream."""
 
@@ -163,15 +167,21 @@ def _copied(path: Path, version: tuple[int, int]) -> Opened | None:
 def _copy(shard: str, version: tuple[int, int], path: Path, limit: int) -> None:
     partial, size = path.with_suffix(".partial"), version[0]
     store, remote = filesystem(shard)
+
+    def read() -> bytes:
+        with reached(shard):
+            return source.read(STEP)
+
+    def write(data: bytes) -> None:
+        if target.tell() + len(data) > limit:
+            raise Uncached(f"it has more bytes than the cache may hold ({limit:,}): raise data.cache_gb")
+        target.write(data)
+
     try:
-        with reached(shard), store.open(remote, "rb") as source, open(partial, "wb") as target:
-
-            def write(data: bytes) -> None:
-                if target.tell() + len(data) > limit:
-                    raise OSError(f"it has more bytes than the cache may hold ({limit:,}): raise data.cache_gb")
-                target.write(data)
-
-            whole = unpack(iter(lambda: source.read(STEP), b""), write)
+        with reached(shard):
+            source = store.open(remote, "rb")
+        with source, open(partial, "wb") as target:
+            whole = unpack(iter(read, b""), write)
             if size and source.tell() != size:
                 raise OSError(f"its store gave {source.tell():,} bytes of {size:,}")
             taken = target.tell()
@@ -183,7 +193,8 @@ def _copy(shard: str, version: tuple[int, int], path: Path, limit: int) -> None:
             path.with_suffix(".lock").write_text(f"{taken} {'whole' if whole else 'torn'}")
             os.replace(partial, path)
     except OSError as error:
-        raise OSError(f"cannot copy shard {shard} into {path.parent}: {error}") from error
+        kind = Uncached if isinstance(error, Uncached) else OSError
+        raise kind(f"cannot copy shard {shard} into {path.parent}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvl import progress as bars
-from jaxvl.data.cache import Cache, digest, is_remote, locked, opened, stamp
+from jaxvl.data.cache import Cache, Uncached, digest, is_remote, locked, opened, stamp
 from jaxvl.data.tarindex import DamagedIndex, Index, Summary, build_index, empty_index, load_index, read_summary, save_index
 
 PROCESSES_FROM = 1 << 31  # bytes of shards below which starting processes costs more than it saves
@@ -70,7 +70,13 @@ def _index_shard(shard: str, version: tuple[int, int], cache: Cache) -> Index:
             os.close(os.open(shard, os.O_RDONLY | os.O_CLOEXEC))
         except OSError:
             return empty_index("unreadable", GONE)
-    fd, version, torn = opened(shard, cache)
+    try:
+        fd, version, torn = opened(shard, cache)
+    except Uncached as error:
+        if is_remote(shard):  # no shard of a store is read without its copy
+            raise
+        warnings.warn(str(error), stacklevel=2)
+        return empty_index("uncached", GONE)
     try:
         return build_index(fd, version, torn)
     except Exception as error:  # whatever is in one shard, the others go on

@@ -5,7 +5,20 @@ An index stores a reason by its place here, so words are only ever added at the 
 
 from jaxvl.data.formats import UNREAD, told
 
-LOST = ("truncated", "torn", "empty", "nottar", "pointer", "page", "zstd", "packed", "archive", "special", "unreadable")  # of shards
+LOST = (
+    "truncated",
+    "torn",
+    "empty",
+    "nottar",
+    "pointer",
+    "page",
+    "zstd",
+    "packed",
+    "archive",
+    "special",
+    "unreadable",
+    "uncached",
+)  # of shards
 NOTES = ("joined",)  # of shards: no damage
 
 REASONS = {
@@ -40,6 +53,7 @@ REASONS = {
     "packed": "the shard is compressed with lz4, lzip, lzma, compress or snappy, which are not read: use gzip, bzip2, xz or none",
     "archive": "the shard is a zip, 7z or rar archive or a Parquet file, no tar",
     "ambiguous": "several images under one key, and none is named KEY.jpg, KEY.png or the like",
+    "uncached": "the shard, unpacked, is larger than the cache may hold: raise data.cache_gb",
     "joined": "image and caption of each sample have different names, which are laid out by one rule throughout",
 }
 REASONS |= {word: told(word) for word in UNREAD}

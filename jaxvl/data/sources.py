@@ -14,12 +14,13 @@ from jaxvl.data.source import Place, Source
 from jaxvl.data.tarsource import tar_source
 
 MOST = 1_000_000  # shards that one pattern may name
+SHARD = re.compile(r"\.tar(?:\.(?:gz|bz2|xz|zst|lz4|lzma))?$|\.(?:tgz|tbz2|txz|tzst)$")  # how shards are called
 
 
 def expand(pattern: str, cache: Cache) -> tuple[str, ...]:
     """The shards that `pattern` names, in order.
 
-    A path, a folder (its *.tar), a glob, brace ranges ("train-{0000..0127}.tar", "{a,b}.tar"), any of these as a URL
+    A path, a folder (its *.tar, *.tar.gz, ...), a glob, brace ranges ("train-{0000..0127}.tar", "{a,b}.tar"), any of these as a URL
     of fsspec, or "glyphs://train?size=20000", which is rendered on first use. Raises ValueError where nothing matches
     or a shard is named twice.
     """
@@ -70,10 +71,7 @@ def _matches(pattern: str) -> list[str]:
         return _remote_matches(pattern)
     path = os.path.abspath(os.path.expanduser(pattern))
     if os.path.isdir(path) and not path.endswith(".tar"):
-        found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
-        if not found:
-            raise ValueError(f"data.source {pattern!r} is a folder without *.tar")
-        return found
+        return _shards(pattern, glob.glob(os.path.join(glob.escape(path), "*.t*")))
     if os.path.lexists(path):
         return [path]
     found = sorted(glob.glob(path, recursive=True))
@@ -88,11 +86,23 @@ def _remote_matches(pattern: str) -> list[str]:
         if not glob.has_magic(path):
             if not store.isdir(path):
                 return [pattern]
-            path = path.rstrip("/") + "/*.tar"
+            return _shards(pattern, [store.unstrip_protocol(p) for p in store.glob(path.rstrip("/") + "/*.t*")])
         found = sorted(store.unstrip_protocol(p) for p in store.glob(path))
     if not found:
         raise ValueError(f"data.source {pattern!r} matches no file")
     return found
+
+
+def _shards(pattern: str, files: list[str]) -> list[str]:
+    """Of the files of a folder, those that are called shards."""
+    found = {name: SHARD.sub("", name) for name in sorted(files) if SHARD.search(name)}
+    if not found:
+        raise ValueError(f"data.source {pattern!r} is a folder without *.tar, plain or compressed")
+    if twice := [name for name, next_ in itertools.pairwise(found) if found[name] == found[next_]]:
+        raise ValueError(
+            f"data.source {pattern!r} holds {twice[0]} plain and compressed, the same shard twice; name one of them: {pattern}/*.tar"
+        )
+    return list(found)
 
 
 def _glyphs(pattern: str, cache: Cache) -> tuple[str, ...]:

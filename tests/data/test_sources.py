@@ -34,6 +34,15 @@ def test_paths_folders_globs_and_ranges(folder: Path, monkeypatch: pytest.Monkey
     assert expand("s", Cache("", 0)) == expand(str(folder), Cache("", 0)), "shards are named by their full paths"
 
 
+def test_a_folder_has_compressed_shards_too_but_none_twice(folder: Path) -> None:
+    for name in ("1.tar.gz", "2.tgz", "3.tar.zst", "4.tsv", "5.tar.txt"):
+        (folder / name).write_bytes(b"")
+    assert names(str(folder)) == [*(f"{n:04d}.tar" for n in range(12)), "1.tar.gz", "2.tgz", "3.tar.zst"]
+    (folder / "0003.tar.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"0003\.tar plain and compressed"):
+        names(str(folder))
+
+
 @given(st.integers(0, 200), st.integers(0, 200), st.integers(1, 5))
 def test_ranges_count_with_the_width_of_their_start(first: int, more: int, width: int) -> None:
     assert list(braces(f"a{{{first:0{width}d}..{first + more}}}b")) == [f"a{n:0{width}d}b" for n in range(first, first + more + 1)]
