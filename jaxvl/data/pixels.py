@@ -81,8 +81,9 @@ def decode(image: bytes, header: Header, factor: int = 1, smooth: bool = True) -
         if header.jpeg and (mended := jpeg.ended(image)):
             try:
                 return _turbo_pixels(mended, header, factor, smooth)
-            except ValueError:
-                pass  # more than the end mark is missing, as the first error says
+            except ValueError as second:  # mostly more than the end mark is missing, as the first error says
+                if "extraneous" in str(second):
+                    raise Undecodable("trailing", "its lines could be followed or overwritten by the bytes behind them") from error
         _refuse(error)
 
 
