@@ -45,15 +45,17 @@ def shrink(config: ConfigDict, *, steps: int = 2, devices: int = 8) -> ConfigDic
         if isinstance(config.method.hierarchy_start, int):
             small.method.hierarchy_start = min(config.method.hierarchy_start, steps // 2)
         small.data.per_class = 2 if config.data.per_class else 0
-        small.optim.hold = tuple((pattern, min(n, 1)) for pattern, n in config.optim.hold)
     if config.data.triplets and config.data.triplets != SIBLINGS:
         small.data.update(
             triplets="attributes" if config.data.attributes else "beside",
             attributes=("style", "weight", "slant") if config.data.attributes else (),
         )
-    if "first_stage" in small.method:
-        small.method.first_stage = min(config.method.first_stage, 1)
+    for key in ("first_stage", "alpha_steps", "penalty_warmup", "freeze_steps"):
+        if key in small.method:
+            small.method[key] = min(config.method[key], steps - 1)
     small.optim.update(
+        hold=tuple((pattern, min(n, steps - 1)) for pattern, n in config.optim.hold),
+        step_every=min(config.optim.step_every, max(steps - 1, 1)),
         warmup_steps=min(config.optim.warmup_steps, steps - 1, 1),
         cooldown_steps=min(config.optim.cooldown_steps, 1),
         epochs=min(config.optim.epochs, steps),

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxvl import assembly, checkpoint, compiled, config as configs, evals, hosts, report, seal
+from jaxvl import assembly, checkpoint, compiled, config as configs, evals, hosts, phases, report, seal
 from jaxvl.data import lexicon
 from jaxvl.data.dataset import Dataset, open_data
 from jaxvl.data.stream import train_batches
@@ -60,6 +60,7 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
         parts = assembly.build(recipe, workdir, dataset)
         batch_size = recipe.train.batch_size
         steps = parts.run.steps
+        phases.check(parts.method, parts.recipe.optim, steps)
 
         plan = assembly.program(parts, mesh, steps)
         fresh = not checkpoint.whole_steps(workdir / "checkpoints")
@@ -71,6 +72,7 @@ def train(config: ConfigDict, workdir: Path, *, age: float = 0.0) -> int:
         restored = saver.restore(plan.state)
         if restored:
             lexicon.same(parts.tokenizer, restored.meta, workdir)
+            phases.check_resumed(parts.method, restored.state.memory, restored.step, steps)
         rows = process_rows(mesh, batch_size)
         compiled.keep(workdir)
         if fresh:

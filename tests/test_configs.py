@@ -9,7 +9,7 @@ import pytest
 import transformers
 from running import leaves, metrics
 
-from jaxvl import assembly, config as configs, manifest, train, words
+from jaxvl import assembly, config as configs, manifest, phases, train, words
 from jaxvl.data import decode, lexicon
 from jaxvl.data.dataset import decode_options
 from jaxvl.interop import initial, published
@@ -25,6 +25,7 @@ ALIKE = ("albef_4m", "clip_vitl14_cc12m", "codis_4m", "codis_cc12m", "hpl_cars19
          "retrieval_flickr30k_ft", "tcl_4m", "tcl_cc12m")  # fmt: skip
 # One of each method, in which the state of the run is of all shapes that it has there.
 RESUMED = ("clip_vitb16_cc12m", "codis_small", "hpl_cub200", "jvsm_fashion200k", "lexvla_mini", "siglip_vitb16_cc12m", "tcl_small")
+SAMPLES = {"hpl_cub200": 5_864, "hpl_cars196": 8_054, "hpl_sop": 59_551, "hpl_inshop": 25_882, "hpl_inaturalist": 325_846}
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
 
@@ -34,7 +35,7 @@ FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
     ids=lambda f: Path(f).stem + str(f).partition(":")[2],
 )
 def test_full_size_in_shapes(file):
-    """Method, optimiser, path rules and the whole train step at full size, without an array."""
+    """Method, optimiser, path rules and the whole train step at full size, without an array; the run reaches all that it waits for."""
     config = configs.load(str(file))
     lexical = lexicon.Lexicon(np.arange(4, 4 + (config.method.get("entries") or 100)), (), {}) if config.tokenizer.lexicon else None
     prompt = lexicon.Prompt("{}", (4, 5), 2, 3) if config.tokenizer.prompt else None
@@ -52,6 +53,8 @@ def test_full_size_in_shapes(file):
         parts = assemble(
             recipe, None if recipe.data.captions == "none" else tokenizer, Run(classes=getattr(recipe.method, "classes", 0) or 452)
         )
+        samples = SAMPLES.get(Path(file).stem, 10_000_000 if "cc12m" in str(file) else 10_000)
+        phases.check(parts.method, parts.recipe.optim, recipe.train.steps or int(recipe.train.epochs * samples / recipe.train.batch_size))
         plan = assembly.program(parts, mesh, steps=10_000)
         state, metrics = jax.eval_shape(plan.step, plan.state, plan.batch)
     assert jax.tree.structure(state) == jax.tree.structure(plan.state)
@@ -80,6 +83,13 @@ def test_two_steps_resumed_bit_for_bit(file, tmp_path, capfd):
     again = leaves(run, step=2)
     assert final.keys() == again.keys()
     assert [name for name in final if final[name] != again[name]] == []
+    if file.stem == "hpl_cub200":
+        manifest.delete(run / "checkpoints", 2)
+        config.method.hierarchy_start = 0
+        before = (run / "config.json").read_bytes()
+        with pytest.raises(ValueError, match="at step 1 without a hierarchy"):
+            train.train(config, run)
+        assert (run / "config.json").read_bytes() == before
     if file.stem == "lexvla_mini":
         page = words.run(run, [], images=3).read_text()
         assert page.count('class="card"') == 3 and "step</em> 2<" in page

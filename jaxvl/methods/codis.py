@@ -119,7 +119,8 @@ def build(image: VitOptions, text: TextOptions, options: CodisOptions = CodisOpt
         return {**params, "codebook": unit(params["codebook"])} if o.code and o.renorm_codes else params
 
     plain = on_trunk(base, partial(terms, base, o), partial(flops, base, o), partial(programs, base, o))
-    return plain._replace(init=init, constrain=constrain, rules=(*RULES, *base.rules))
+    waits = (*plain.waits, *([("freeze_steps", o.freeze_steps)] if o.code else []))
+    return plain._replace(init=init, constrain=constrain, rules=(*RULES, *base.rules), waits=waits)
 
 
 def terms(

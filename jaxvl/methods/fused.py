@@ -372,6 +372,7 @@ def on_trunk(base: Trunk, terms: Callable, flops: Callable[[dict], dict[str, flo
         score_pair=base.score_pair,
         constrain=base.constrain,
         terms=weighed,
+        waits=(("alpha_steps", base.options.alpha_steps),) if base.options.alpha else (),
     )
 
 

@@ -227,8 +227,8 @@ def build(image: Any, text: Any, options: HplOptions = HplOptions()) -> Method:
 
     def refresh(params: dict, memory: dict, step: jax.Array) -> Renewed:
         p, above = params["proxies"], hierarchy_of(params, memory)
-        since = step - int(o.hierarchy_start)
-        first, due = since == 0, (since > 0) & (since % o.refresh_every == 0)
+        begun = memory["refreshed"] >= 0  # counted from there, a start that moves with the length of the run changes nothing any more
+        first, due = ~begun & (step >= int(o.hierarchy_start)), begun & (step - memory["refreshed"] >= o.refresh_every)
         key = jax.random.fold_in(jax.random.wrap_key_data(memory["key"]), step)
         anew = lambda p, above: hierarchy.build(key, p, above.coarse, o.classes, o.cluster_space, o.empty_cluster)
         online = lambda p, above: hierarchy.refresh(p, above, o.classes, o.cluster_space, o.empty_cluster)
@@ -248,13 +248,20 @@ def build(image: Any, text: Any, options: HplOptions = HplOptions()) -> Method:
             params = {**params, "coarse": dict(zip(names, above.coarse, strict=True))}
         return Renewed(params, after, now & o.reset_moments_on_refresh)
 
+    def resumed(memory: dict, step: int) -> None:
+        if int(memory["refreshed"]) < 0 and step > int(o.hierarchy_start):
+            raise ValueError(
+                f"config.method.hierarchy_start comes to step {o.hierarchy_start:,}, since config.train or config.optim.warmup_steps changed, and the run is at "
+                f"step {step:,} without a hierarchy: set it to {step:,} or a later step"
+            )
+
     def flops(batch_spec: dict) -> float:
         _, height, wide, _ = batch_spec["image"].shape
         met = o.negative_sampling * o.classes + sum(o.num_coarse)
         return kind.flops(image, height, wide, True) + 2.0 * met * o.width
 
     # A given hierarchy whose proxies are parameters has nothing to renew.
-    renews = levels and not (o.hierarchy == "given" and trained)
+    renews = levels > 0 and not (o.hierarchy == "given" and trained)
     return Method(
         init=init,
         encode=encode,
@@ -267,6 +274,8 @@ def build(image: Any, text: Any, options: HplOptions = HplOptions()) -> Method:
         rules=PROXY_RULES + RULES,
         refresh=refresh if renews else None,
         renewed="^coarse/" if renews and trained else "",
+        waits=(("hierarchy_start", int(o.hierarchy_start)),) if renews else (),
+        resumed=resumed if renews else None,
         reads=("image", "label"),
         constant=kinds.constant(image),
     )

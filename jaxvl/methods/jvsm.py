@@ -231,6 +231,7 @@ def build(image: Any, text: Any, options: JvsmOptions = JvsmOptions()) -> Method
         flops=flops,
         rules=((r"(^|/)(scale|memory/step)$", P()), *RULES),
         compose=compose,
+        waits=(("first_stage", o.first_stage),) if o.first_stage else (),
         constant=kinds.constant(image),
         with_memory=lambda params, memory: {**params, **{k: v for k, v in memory.items() if k == "batch_stats"}},
     )

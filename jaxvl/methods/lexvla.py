@@ -255,6 +255,7 @@ def build(image: VitOptions, text: TextOptions, options: LexvlaOptions = LexvlaO
         rules=((r"(^|/)(t|step)$", P()), *lexical.RULES, *RULES),
         constrain=(lambda params: {**params, "t": jnp.minimum(params["t"], math.log(o.max_scale))}) if o.clip == "param" else None,
         features=features if o.frozen_image else None,
+        waits=(("penalty_warmup", o.penalty_warmup),) if o.penalty != "none" and o.image_weight + o.text_weight else (),
         constant="|".join(["^text_codebook$"] * (o.text_codebook == "frozen") + ["^image/"] * o.frozen_image),
     )
 

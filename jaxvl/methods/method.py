@@ -106,6 +106,9 @@ class Method(NamedTuple):
     embed_patches: (params, images) -> float32 [b, row, column, d]: patches in the space of the embeddings, of unit norm; None without.
     embed_words: (params, columns int32 [b]) -> float32 [b, d]: what the text tower makes of a word alone, for a method whose embeddings have a
       coordinate for each word; None for others.
+    waits: (option, step) pairs: the step at which what the option is for begins, or has grown to its full weight.
+    resumed: (memory, step) -> None where a run goes on from a checkpoint; raises ValueError where a change of its config made it miss something
+      on the way. None for nothing to miss.
     constant: pattern of parameters that the method takes as constants; an optimiser that would move them is refused. "" for none.
     """
 
@@ -129,6 +132,8 @@ class Method(NamedTuple):
     features: Callable[[Any, Batch], Batch] | None = None
     embed_patches: Callable[[Any, jax.Array], jax.Array] | None = None
     embed_words: Callable[[Any, jax.Array], jax.Array] | None = None
+    waits: tuple[tuple[str, int], ...] = ()
+    resumed: Callable[[Any, int], None] | None = None
     constant: str = ""
 
 

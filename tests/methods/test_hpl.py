@@ -96,6 +96,17 @@ def test_a_frozen_hierarchy_is_learned_at_its_start_and_renewed_every_period():
     assert int(states[3].memory["hierarchy"].counts[0].sum()) == CLASSES
 
 
+def test_a_hierarchy_that_has_begun_goes_on_when_the_run_grows_longer():
+    """Its start moves with half of the run; what was learned is renewed in its turn, and not built anew."""
+    states, _ = trained()
+    for start in (1, 5, 100):
+        method = METHODS["hpl"].build(IMAGE, TextOptions(), options(hierarchy_start=start))
+        refresh = jax.jit(method.refresh)
+        still, renewed = (refresh(states[t].params, states[t].memory, jnp.int32(t)).memory for t in (4, 5))
+        jax.tree.map(np.testing.assert_array_equal, still, states[5].memory)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), renewed, states[6].memory)
+
+
 @pytest.mark.parametrize("mode", ["tied", pytest.param("free", marks=pytest.mark.long)])
 def test_eight_devices_train_as_one(mode):
     quick = dict(coarse_mode=mode, hierarchy_start=1, refresh_every=2, steps=4)
