@@ -192,9 +192,10 @@ def _tiff(image: bytes) -> Bare:
         else width * min(number(STRIP_ROWS, height), height)
     )
     extra = piece * max(4, (1 if number(PLANES, 1) == 2 else samples) * number(BITS, 1) // 8)
-    head = struct.pack(order + "2sHHHQ" if big else order + "2sHL", image[:2], *(43, 8, 0) if big else (42,), len(image) + len(image) % 2)
+    # The directory goes where the old one was: behind the file it would stand in for pixels that are cut off.
     table = struct.pack(order + ("Q" if big else "H"), len(kept)) + b"".join(e.raw for e in kept.values()) + bytes(8 if big else 4)
-    clean = head + image[len(head) :] + bytes(len(image) % 2) + table
+    (start,) = struct.unpack_from(order + ("Q" if big else "L"), image, 8 if big else 4)
+    clean = image[:start] + table + image[start + len(table) :]
     packet = image[found[XMP].at : found[XMP].at + found[XMP].size] if XMP in found else b""
     return Bare(clean, "TIFF", orientation.read(image, packet), (width, height), extra)
 
