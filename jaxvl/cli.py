@@ -110,6 +110,8 @@ def parser() -> argparse.ArgumentParser:
             "--indexes", default="", help="folder of the indexes (default: in the cache); hosts of one run share it as data.indexes"
         )
         verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        verb.add_argument("--caption-field", default="", help="field of KEY.json with the captions (default: KEY.txt, or found by looking)")
+        verb.add_argument("--label", default="", help="field of KEY.json with the label, or cls for KEY.cls (default: found by looking)")
     index.add_argument("--rebuild", action="store_true", help="make the indexes anew; takes back what check --record left out")
     check.add_argument("--record", action="store_true", help="write what cannot be decoded into the index: later runs leave it out")
     make = data.add_parser("make", help="write shards: the embedded glyphs, a folder of images with captions, or an annotation file")
@@ -330,11 +332,12 @@ def _data(args: argparse.Namespace, _: list[str]) -> int:
             split=args.split,
             layout=args.layout,
         )
+    shared = {"json": args.json, "indexes": args.indexes, "caption_field": args.caption_field, "label": args.label}
     if args.action == "check":
-        return tools.check(args.paths, json=args.json, record=args.record, indexes=args.indexes)
+        return tools.check(args.paths, record=args.record, **shared)
     if args.action == "index":
-        return tools.index(args.paths, json=args.json, rebuild=args.rebuild, indexes=args.indexes)
-    return tools.stats(args.paths, json=args.json, indexes=args.indexes)
+        return tools.index(args.paths, rebuild=args.rebuild, **shared)
+    return tools.stats(args.paths, **shared)
 
 
 def _search(args: argparse.Namespace, overrides: list[str]) -> int:

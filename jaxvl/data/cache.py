@@ -48,10 +48,10 @@ def is_remote(shard: str) -> bool:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of `url`, and the path in it. Raises ValueError where there is none for such a URL."""
+    """The fsspec file system of `url`, or of a local path, and the path in it. Raises ValueError where there is none for such a URL."""
     import fsspec
 
-    scheme = re.split("::|://", url)[0]
+    scheme = re.split("::|://", url)[0] if is_remote(url) else "file"
     if scheme.startswith("pipe:"):
         raise ValueError(f"data.source {url!r}: commands are not run; write the URL itself, such as s3://bucket/{{0000..0127}}.tar")
     with reached(url):

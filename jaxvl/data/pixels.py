@@ -24,7 +24,7 @@ MEMORY = 1 << 29  # bytes that decoding an image may take, its pixels included
 RESULT = 3  # bytes of a decoded pixel
 PIXEL = {"WEBP": 16, "AVIF": 14}  # bytes of working memory that Pillow and the format's library take for a pixel, as measured
 PLAIN = 4  # the same of any other format
-SCANS = 1 << 26  # blocks that the scans of a JPEG may visit: a second of empty ones; a whole image of max_pixels has a fourth of it
+SCANS, VISITS = 1 << 22, 32  # blocks that the scans of a JPEG may visit, in all or each of its own; encoders visit each some six times
 PYTHON = {"ppm", "ppm_plain", "bmp_rle"}  # Pillow's decoders that are written in Python, a microsecond for a byte
 SLOW = 1 << 22  # bytes and pixels that these may have
 BAND = 1 << 20  # pixels that are converted at a time
@@ -139,9 +139,11 @@ def _jpeg_header(image: bytes, check: Any) -> Header:
     turned = orientation.read(found.exif, found.xmp)
     inks = len(found.blocks) > 3
     memory = (RESULT + 4 * inks) * found.width * found.height + 128 * found.buffered * sum(found.blocks.values())
-    check((found.width, found.height), memory) if found.width else None
-    if found.buffered and jpeg.work(image, found) > SCANS:
-        raise Undecodable("bomb", f"its scans visit more than {SCANS:,} blocks")
+    if found.width and found.height:
+        check((found.width, found.height), memory)
+    blocks = sum(found.blocks.values())
+    if found.buffered and jpeg.work(image, found) > max(SCANS, VISITS * blocks):
+        raise Undecodable("bomb", f"its scans visit each of {blocks:,} blocks more than {VISITS} times")
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(image, strict=False)
     except (ValueError, KeyError):  # broken, or an unusual subsampling; Pillow tells which

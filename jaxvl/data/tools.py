@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import json as jsonlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +12,13 @@ import numpy as np
 
 from jaxvl.data import decode
 from jaxvl.data.cache import locked
+from jaxvl.data.contents import Contents, open_contents
 from jaxvl.data.dataset import DataOptions, decode_options, place_of
+from jaxvl.data.faults import fault_notes
 from jaxvl.data.indexing import cores, index_path, parallel, progress
+from jaxvl.data.labels import word
 from jaxvl.data.pixels import notice
-from jaxvl.data.reasons import REASONS
+from jaxvl.data.reasons import NOTES, REASONS
 from jaxvl.data.source import Bad, Source, Want
 from jaxvl.data.sources import open_source
 from jaxvl.data.tarindex import exclude, load_index, save_index
@@ -22,6 +26,7 @@ from jaxvl.terminal import table, tell
 
 SHOWN = 40  # shards of a table; the sum has them all
 SAMPLED = 100_000  # samples that stats looks into
+OF_FIELDS = ("unlabelled", "nocaption", "unreadable")  # what --record leaves alone: it depends on the field asked for, or on the disk
 PROCESSES_FROM = 2_000  # samples below which starting processes costs more than it saves
 QUANTILES = {"least": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "most": 1.0}
 
@@ -35,52 +40,72 @@ class ShardCount(NamedTuple):
     damage: dict[str, int]
 
 
-def index(paths: Sequence[str], json: bool = False, rebuild: bool = False, indexes: str = "", cache: str = "") -> int:
+def index(
+    paths: Sequence[str],
+    json: bool = False,
+    rebuild: bool = False,
+    indexes: str = "",
+    cache: str = "",
+    caption_field: str = "",
+    label: str = "",
+) -> int:
     """Index the shards that `paths` name and print what is known. Returns 0, or 1 where no sample can be used."""
-    sources = open_sources(paths, indexes, cache, rebuild)
-    return _print_counts([count for source in sources for count in known_counts(source)], json, collections.Counter())
+    opened = _open(paths, indexes, cache, caption_field, label, rebuild)
+    return _print_counts([count for one in opened for count in known_counts(one.source)], json, collections.Counter(), _told(opened))
 
 
-def check(paths: Sequence[str], json: bool = False, record: bool = False, indexes: str = "", cache: str = "") -> int:
+def check(
+    paths: Sequence[str],
+    json: bool = False,
+    record: bool = False,
+    indexes: str = "",
+    cache: str = "",
+    caption_field: str = "",
+    label: str = "",
+) -> int:
     """Decode every sample and print why some cannot be used; good and bad of a shard add up to its index.
 
-    With `record`, what cannot be used becomes bad in the index, so that later runs leave it out; `index --rebuild`
+    Samples have what the set has (contents.py): KEY.txt, the field `caption_field` of captions, the field `label`, or an image alone.
+    With `record`, what cannot be decoded becomes bad in the index, so that later runs leave it out; `index --rebuild`
     takes it back. Returns 0, or 1 where no sample can be used.
     """
     counts = []
     notes: collections.Counter[str] = collections.Counter()
-    for source in open_sources(paths, indexes, cache):
-        failures = check_source(source, notes)
-        for count, failed in zip(known_counts(source), failures, strict=True):
+    opened = _open(paths, indexes, cache, caption_field, label)
+    for one in opened:
+        failures = check_source(one, notes)
+        for count, failed in zip(known_counts(one.source), failures, strict=True):
             for key, reason in failed.values():
                 count.bad.setdefault(reason, []).append(key)
             counts.append(count._replace(good=count.good - len(failed)))
         if record:
-            _record(source, failures, place_of(DataOptions(indexes=indexes, cache=cache)).indexes)
-    return _print_counts(counts, json, notes)
+            _record(one.source, failures, place_of(DataOptions(indexes=indexes, cache=cache)).indexes)
+    return _print_counts(counts, json, notes, _told(opened))
 
 
-def stats(paths: Sequence[str], json: bool = False, indexes: str = "", cache: str = "") -> int:
-    """Print counts, sizes, shapes, caption lengths and duplicates, of an even 100,000 samples where there are more.
+def stats(paths: Sequence[str], json: bool = False, indexes: str = "", cache: str = "", caption_field: str = "", label: str = "") -> int:
+    """Print counts, sizes, shapes, caption lengths, labels and duplicates, of an even 100,000 samples where there are more.
 
     Returns 0, or 1 where no sample can be used.
     """
-    sources = open_sources(paths, indexes, cache)
-    good = sum(int(s.counts.sum()) for s in sources)
+    opened = _open(paths, indexes, cache, caption_field, label)
+    good = sum(int(one.source.counts.sum()) for one in opened)
     every = max(1, good // SAMPLED)
-    jobs = [(source, shard) for source, s in enumerate(sources) for shard in range(len(s.shards))]
-    looks = progress(parallel(_look, (sources, every), jobs, _workers(good)), len(jobs), "reading samples")
+    jobs = [(number, shard) for number, one in enumerate(opened) for shard in range(len(one.source.shards))]
+    looks = progress(parallel(_look, (opened, every), jobs, _workers(good)), len(jobs), "reading samples")
     rows = [row for look in looks for row in look]
-    report = {
+    report: dict[str, Any] = {
         "samples": good,
-        "bad": sum(int(s.bad.sum()) for s in sources),
+        "bad": sum(int(one.source.bad.sum()) for one in opened),
         "shards": len(jobs),
         "looked at": len(rows),
     }
-    report |= _describe(rows) if rows else {}
+    report |= _describe(rows, any(one.label for one in opened)) if rows else {}
     if json:
-        tell(jsonlib.dumps(report))
+        tell(jsonlib.dumps(report | {"contents": _told(opened)}))
     else:
+        for sentence in _told(opened):
+            tell(sentence)
         _print_stats(report)
     return 0 if good else 1
 
@@ -146,35 +171,49 @@ def known_counts(source: Source) -> list[ShardCount]:
     return list(counts.values())
 
 
-def check_source(source: Source, notes: collections.Counter[str] | None = None) -> list[dict[int, tuple[str, str]]]:
+def check_source(opened: Contents, notes: collections.Counter[str] | None = None) -> list[dict[int, tuple[str, str]]]:
     """Of every shard, the rows whose samples cannot be used although the index has them: row -> key, reason.
 
     notes: counts what is odd about images that are used (pixels.notice).
     """
-    shards = range(len(source.shards))
-    checked = parallel(_check_shard, source, shards, _workers(int(source.counts.sum())))
+    shards = range(len(opened.source.shards))
+    checked = parallel(_check_shard, opened, shards, _workers(int(opened.source.counts.sum())))
     found = list(progress(checked, len(shards), "checking shards"))
     if notes is not None:
         notes.update(word for _, odd in found for word in odd)
     return [failures for failures, _ in found]
 
 
-def _check_shard(source: Source, shard: int) -> tuple[dict[int, tuple[str, str]], list[str]]:
-    how, want = decode_options(DataOptions()), Want(alternates=False, fields=False)
-    failures, odd = {}, []
-    for row in range(int(source.counts[shard])):
-        record = source.read(shard, row, want)
-        if isinstance(record, Bad):
-            failures[row] = record.key, record.reason
-            continue
+def _check_shard(opened: Contents, shard: int) -> tuple[dict[int, tuple[str, str]], list[str]]:
+    failures: dict[int, tuple[str, str]] = {}
+    odd: list[str] = []
+    rows = range(int(opened.source.counts[shard]))
+    for row in rows:
         try:
-            decode.decode_eval(record.image, how)
-        except decode.Undecodable as error:
-            failures[row] = record.key, error.reason
-            continue
-        if word := notice(record.image):
-            odd.append(word)
+            key, reason, oddity = _check_row(opened, shard, row)
+        except Exception as error:  # whatever is in one shard, the others are checked
+            warnings.warn(f"the rest of shard {opened.source.shards[shard]} cannot be read: {error}", stacklevel=2)
+            failures |= {later: (f"row {later}", "unreadable") for later in rows[row:]}
+            break
+        if reason:
+            failures[row] = key, reason
+        elif oddity:
+            odd.append(oddity)
     return failures, odd
+
+
+def _check_row(opened: Contents, shard: int, row: int) -> tuple[str, str, str]:
+    """Key of a sample, why it cannot be used, and what is odd about it; "" for nothing."""
+    want = Want(captions=opened.captions, alternates=False, fields=bool(opened.label))
+    record = opened.source.read(shard, row, want)
+    if isinstance(record, Bad):
+        return record.key, record.reason, ""
+    try:
+        decode.decode_eval(record.image, decode_options(DataOptions()))
+    except decode.Undecodable as error:
+        return record.key, error.reason, ""
+    missing = opened.label and word(record.meta.get(opened.label)) is None
+    return record.key, "unlabelled" if missing else "", notice(record.image) or ""
 
 
 def _record(source: Source, failures: list[dict[int, tuple[str, str]]], folder: str) -> None:
@@ -182,37 +221,38 @@ def _record(source: Source, failures: list[dict[int, tuple[str, str]]], folder: 
         raise ValueError(f"{source.name} has no index to record in; only shards of tar files have")
     with locked(Path(folder) / "build.lock"):
         for shard, failed in zip(source.shards, failures, strict=True):
-            if failed:
+            if reasons := {row: reason for row, (_, reason) in failed.items() if reason not in OF_FIELDS}:
                 path = Path(index_path(shard, folder))
-                save_index(exclude(load_index(path), {row: reason for row, (_, reason) in failed.items()}), path)
+                save_index(exclude(load_index(path), reasons), path)
 
 
-def _look(shared: tuple[list[Source], int], job: tuple[int, int]) -> list[tuple]:
-    """Of every so many samples of a shard: image bytes, width, height, caption characters, words, captions, digests."""
-    sources, every = shared
-    source, shard = sources[job[0]], job[1]
-    how, rows = decode_options(DataOptions()), []
-    for row in range(0, int(source.counts[shard]), every):
-        record = source.read(shard, row, Want(fields=False))
+class Look(NamedTuple):
+    """What stats sees of a sample. caption: characters, words, captions, digest of the first; () without."""
+
+    size: int
+    width: int
+    height: int
+    digest: int
+    caption: tuple[int, ...]
+    label: str | None
+
+
+def _look(shared: tuple[list[Contents], int], job: tuple[int, int]) -> list[Look]:
+    """Every so many samples of a shard, those that cannot be used left out."""
+    opened, every = shared
+    one, shard = opened[job[0]], job[1]
+    rows = []
+    for row in range(0, int(one.source.counts[shard]), every):
+        record = one.source.read(shard, row, Want(captions=one.captions, fields=bool(one.label)))
         if isinstance(record, Bad):
             continue
         try:
-            width, height = decode.probe(record.image, how)
+            width, height = decode.probe(record.image, decode_options(DataOptions()))
         except decode.Undecodable:
             continue
-        main = record.captions[0]
-        rows.append(
-            (
-                len(record.image),
-                width,
-                height,
-                len(main),
-                len(main.split()),
-                len(record.captions),
-                _digest(record.image),
-                _digest(main.encode()),
-            )
-        )
+        main = record.captions[0] if record.captions else ""
+        caption = (len(main), len(main.split()), len(record.captions), _digest(main.encode())) if main else ()
+        rows.append(Look(len(record.image), width, height, _digest(record.image), caption, word(record.meta.get(one.label))))
     return rows
 
 
@@ -220,19 +260,31 @@ def _digest(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def _describe(rows: list[tuple]) -> dict[str, Any]:
-    *numbers, images, captions = zip(*rows, strict=True)
-    size, width, height, characters, words, number = (np.array(n) for n in numbers)
-    columns = {
-        "image bytes": size, "width": width, "height": height, "width / height": width / height,
-        "caption characters": characters, "caption words": words, "captions a sample": number,
-    }  # fmt: skip
+def _describe(rows: list[Look], labelled: bool) -> dict[str, Any]:
+    size, width, height = (np.array(column) for column in zip(*(row[:3] for row in rows), strict=True))
+    columns = {"image bytes": size, "width": width, "height": height, "width / height": width / height}
+    report = {"repeated images": len(rows) - len({row.digest for row in rows})}
+    if captions := [row.caption for row in rows if row.caption]:
+        names = ("caption characters", "caption words", "captions a sample")
+        columns |= dict(zip(names, np.array([c[:3] for c in captions]).T, strict=True))
+        report["repeated captions"] = len(captions) - len({c[3] for c in captions})
+    if labelled:
+        labels = collections.Counter(row.label for row in rows if row.label is not None)
+        report |= {"labels": len(labels), "unlabelled": len(rows) - labels.total()}
+        columns |= {"samples a label": np.array(list(labels.values()))} if labels else {}
     spread = {name: {q: round(float(np.quantile(v, at)), 3) for q, at in QUANTILES.items()} for name, v in columns.items()}
-    return {
-        "repeated images": len(rows) - len(set(images)),
-        "repeated captions": len(rows) - len(set(captions)),
-        "spread": spread,
-    }
+    return report | {"spread": spread}
+
+
+def _open(paths: Sequence[str], indexes: str, cache: str, caption_field: str, label: str, rebuild: bool = False) -> list[Contents]:
+    place = place_of(DataOptions(indexes=indexes, cache=cache))._replace(rebuild=rebuild)
+    return [open_contents(path, place, caption_field, label) for path in paths]
+
+
+def _told(opened: Sequence[Contents]) -> list[str]:
+    """What was taken to be in the sets, and how their parts were put together."""
+    joined = [one.source._replace(faults=tuple(f for f in one.source.faults if f[0] in NOTES)) for one in opened]
+    return [*(one.told for one in opened if one.told), *fault_notes(joined)]
 
 
 def open_sources(paths: Sequence[str], indexes: str, cache: str, rebuild: bool = False) -> list[Source]:
@@ -245,7 +297,7 @@ def _workers(samples: int) -> int:
     return cores() if samples >= PROCESSES_FROM else 1
 
 
-def _print_counts(counts: list[ShardCount], json: bool, notes: collections.Counter[str]) -> int:
+def _print_counts(counts: list[ShardCount], json: bool, notes: collections.Counter[str], told: Sequence[str]) -> int:
     reasons: collections.Counter[str] = collections.Counter()
     damage: collections.Counter[str] = collections.Counter()
     for count in counts:
@@ -262,13 +314,15 @@ def _print_counts(counts: list[ShardCount], json: bool, notes: collections.Count
                     "reasons": dict(reasons),
                     "damage": dict(damage),
                     "notes": dict(notes),
+                    "contents": list(told),
                     "shards": shards,
                 }
             )
         )
         return 0 if good else 1
     faults = {c.shard: sum(map(len, c.bad.values())) for c in counts}
-    worst = set(sorted(faults, key=lambda shard: -faults[shard])[:SHOWN])
+    rank = {c.shard: faults[c.shard] + sum(c.damage.values()) for c in counts}
+    worst = set(sorted(rank, key=lambda shard: -rank[shard])[:SHOWN])
     rows = []
     for count in (c for c in counts if c.shard in worst):
         bad, words = faults[count.shard], _words({reason: len(keys) for reason, keys in count.bad.items()})
@@ -278,10 +332,12 @@ def _print_counts(counts: list[ShardCount], json: bool, notes: collections.Count
     rows.append(("all", f"{good + reasons.total():,}", f"{good:,}", f"{reasons.total():,}", _words(reasons), _words(damage)))
     head = ("shard", "samples", "good", "bad", "reasons", "damage")
     table(f"{len(counts)} shards", head, rows, left=("shard", "reasons", "damage"), total=True)
-    for word in sorted({*reasons, *damage}):
-        tell(f"{word}: {REASONS[word]}")
-    for word, number in notes.items():
-        tell(f"{word}, {number:,} images: {REASONS[word]}")
+    for sentence in told:
+        tell(sentence)
+    for reason in sorted({*reasons, *damage}):
+        tell(f"{reason}: {REASONS[reason]}")
+    for oddity, number in notes.items():
+        tell(f"{oddity}, {number:,} images: {REASONS[oddity]}")
     return 0 if good else 1
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from jaxvl.data import decode, instances
 from jaxvl.data.augment import AugmentOptions, preprocess
 from jaxvl.data.dataset import DataOptions, cleaning_of, decode_options
-from jaxvl.data.instances import Instances
+from jaxvl.data.instances import Instances, Picture
+from jaxvl.data.pixels import read_header, upright
 from jaxvl.evals import patchdis, words
 from jaxvl.evals.embed import Model, cleaned, embed_texts, fetch, whole_batch
 from jaxvl.evals.patchdis import Overlap
@@ -108,10 +109,17 @@ def scored(options: PatchdisOptions, model: Model, found: Instances, texts: np.n
 
     for start, scores in zip(range(0, len(found.pictures), size), fetch(products()), strict=True):
         some = found.pictures[start : start + size]
-        labels = np.stack([instances.resized(instances.labels(p), side, side) for p in some])
+        labels = np.stack([instances.resized(shown(p, how), side, side) for p in some])
         seen = (labels != patchdis.VOID).any((1, 2))
         if seen.any():
             yield scores["scores"][: len(some)][seen], labels[seen]
+
+
+def shown(picture: Picture, how: decode.DecodeOptions) -> np.ndarray:
+    """The labels of an upright picture: turned with it where they were drawn on it as stored, which their size tells."""
+    labels, header = instances.labels(picture), read_header(picture.path.read_bytes(), how.min_side, how.max_pixels)
+    size = picture.width, picture.height
+    return labels if size != (header.width, header.height) or size == header.upright else upright(labels[..., None], header)[..., 0]
 
 
 def class_vectors(options: PatchdisOptions, model: Model, classes: tuple[str, ...]) -> np.ndarray:

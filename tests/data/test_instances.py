@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from PIL import Image
 
 from jaxvl.data import instances
+from jaxvl.data.decode import DecodeOptions, decode_full
 from jaxvl.data.instances import VOID, Picture, Segment
+from jaxvl.evals import patches
 
 SQUARE = [1.0, 1.0, 4.0, 1.0, 4.0, 3.0, 1.0, 3.0]
 
@@ -98,3 +101,23 @@ def test_read(tmp_path):
         write(**change)
         with pytest.raises(ValueError, match=message):
             instances.read(file)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_labels_are_turned_with_a_picture_that_they_were_drawn_on_as_stored(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.zeros((20, 30), np.uint8)
+    stored[2:6, 3:13] = 255
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+    how = DecodeOptions()
+    want = decode_full((tmp_path / "a.png").read_bytes(), how)[..., 0] > 0
+    on_stored = Segment(0, 1, [[3, 2, 13, 2, 13, 6, 3, 6]])
+    rows, columns = np.nonzero(want)
+    left, top, right, bottom = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+    on_shown = Segment(0, 1, [[left, top, right, top, right, bottom, left, bottom]])
+    for segment, size in ((on_stored, (20, 30)), (on_shown, want.shape)):
+        if segment is on_stored and 1 < orientation < 5:
+            continue  # mirrored or turned by half, of which sizes tell nothing
+        labels = patches.shown(Picture(tmp_path / "a.png", *size, (segment,)), how)
+        assert ((labels == 0) == want).all()

@@ -135,3 +135,86 @@ def test_make_glyphs_and_what_cannot_be_made(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             tools.make(what, tmp_path / "out", **more)
+
+
+LABELLED = {
+    "cls": lambda n: [("cls", b"%d\n" % (n % 3))],
+    "class": lambda n: [("json", json.dumps({"class": f"c{n % 3}", "file": "x"}).encode())],
+    "alt": lambda n: [("json", json.dumps({"alt": f"number {n}", "width": 3}).encode())],
+    "captions": lambda n: [("json", json.dumps({"captions": [f"number {n}", "x"]}).encode())],
+    "": lambda n: [("json", json.dumps({"width": 3}).encode())],
+}
+
+
+@pytest.mark.parametrize("field", LABELLED)
+def test_sets_without_key_txt_are_read_as_what_they_are(tmp_path: Path, capsys: pytest.CaptureFixture, field: str) -> None:
+    """Found by looking, or named; the image of every sample is decoded, and what is recorded leaves the others where they were."""
+    entries = [(f"{n}.{e}", data) for n in range(8) for e, data in [("png", picture(n)), *LABELLED[field](n)]]
+    entries[0] = ("0.png", b"<html>")
+    empty = {"cls": b" \n", "class": b'{"class": ""}', "alt": b'{"alt": " "}', "captions": b'{"captions": []}'}.get(field)
+    if empty is not None:
+        entries[3] = (entries[3][0], empty)
+    (tmp_path / "x.tar").write_bytes(tar_bytes(entries))
+    where = {"cache": str(tmp_path / "cache"), "json": True}
+    assert tools.index([str(tmp_path / "x.tar")], **where) == 0
+    index = json.loads(capsys.readouterr().out)
+    assert (index["good"], index["bad"]) == (8, 0) and (repr(field) if field else "width") in index["contents"][0]
+    reason = "nocaption" if field in ("alt", "captions") else "unlabelled"
+    expected = {"notimage": 1} | ({reason: 1} if field else {})
+    named = {} if not field else {"caption_field": field} if reason == "nocaption" else {"label": field}
+    for how in ({}, named, {"record": True}):
+        assert tools.check([str(tmp_path / "x.tar")], **where, **how) == 0
+        check = json.loads(capsys.readouterr().out)
+        assert check["reasons"] == expected and check["good"] == 8 - len(expected), how
+    tools.index([str(tmp_path / "x.tar")], **where)
+    assert json.loads(capsys.readouterr().out)["reasons"] == {"notimage": 1}, "what hangs on a field is not recorded"
+    tools.stats([str(tmp_path / "x.tar")], **where)
+    report = json.loads(capsys.readouterr().out)
+    captioned = reason == "nocaption"
+    assert (report["samples"], report["looked at"]) == (7, 6 if captioned else 7)
+    assert ("caption words" in report["spread"]) == captioned and (report.get("labels") == 3) == (field in ("cls", "class"))
+    wanted = (
+        {"captions": "none", "label": field}
+        if reason == "unlabelled" and field
+        else {"caption_field": field}
+        if field
+        else {"captions": "none"}
+    )
+    dataset = open_data(options(str(tmp_path / "x.tar"), tmp_path, max_bad_rate=0.5, **wanted))
+    assert dataset.classes == {"class": ("c0", "c1", "c2")}.get(field, ())
+    batches = list(eval_batches(dataset, Letters(), batch_size=7))
+    assert sum(int(b.arrays["valid"].sum()) for b in batches) == (6 if field else 7)
+
+
+def test_what_is_made_of_classes_is_good_and_folders_are_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for n in range(6):
+        (tmp_path / "set" / f"c{n % 2}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / f"c{n % 2}" / f"{n}.png").write_bytes(picture(n))
+    tools.make(str(tmp_path / "set"), tmp_path / "out", layout="folders")
+    capsys.readouterr()
+    for source in (str(tmp_path / "out"), f"folder://{tmp_path / 'set'}"):
+        for verb in (tools.index, tools.check, tools.stats):
+            assert verb([source], cache=str(tmp_path / "cache"), json=True) == 0
+            report = json.loads(capsys.readouterr().out)
+            assert report.get("good", report.get("samples")) == 6 and not report["bad"], (source, verb)
+    assert tools.check([str(tmp_path / "out")], cache=str(tmp_path / "cache")) == 0
+    assert "labels are read from the field 'class'" in capsys.readouterr().out
+
+
+def test_images_that_lost_their_captions_stay_bad(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "x.tar").write_bytes(tar_bytes([("1.png", picture(1)), ("2.png", picture(2))]))
+    assert tools.check([str(tmp_path / "x.tar")], cache=str(tmp_path / "cache"), json=True) == 1
+    assert json.loads(capsys.readouterr().out)["reasons"] == {"nocaption": 2}
+
+
+def test_what_one_shard_raises_is_its_own(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = tools.decode.decode_eval
+    monkeypatch.setattr(tools.decode, "decode_eval", lambda image, how: 1 // 0 if image == picture(1) else decode(image, how))
+    with pytest.warns(UserWarning, match=r"the rest of shard .*0000\.tar cannot be read: .*zero"):
+        tools.check([shards], cache=str(tmp_path / "cache"), json=True, record=True)
+    first, second = json.loads(capsys.readouterr().out)["shards"]
+    assert (first["good"], len(first["bad"]["unreadable"])) == (1, 4) and second["good"] == 1
+    tools.index([shards], cache=str(tmp_path / "cache"), json=True)
+    assert json.loads(capsys.readouterr().out)["shards"][0]["good"] == 5, "and is not recorded"
