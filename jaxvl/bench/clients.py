@@ -27,6 +27,7 @@ from jaxvl.data.text import TokenizerOptions, train_tokenizer
 from jaxvl.interop import cards, export
 from jaxvl.interop.cleaning import cleaned
 from jaxvl.mesh import path_str
+from jaxvl.terminal import tell
 
 SIZE, LENGTH, WIDTH = 64, 64, 64  # pixels a side, tokens of a caption (what the zero-shot pipeline pads SigLIP's to), width of the towers
 TOWER = dict(variant="", width=WIDTH, depth=2, heads=4, mlp_dim=2 * WIDTH, dtype="float32")
@@ -72,7 +73,7 @@ def main(config: str | None, overrides: Sequence[str], *, rounds: int) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         files = write_files(Path(scratch), SIZE)
         found = {name: measure(exported(name, Path(scratch) / str(i)), files, STRINGS) for i, name in enumerate(FAMILIES)}
-    print(tables(found))
+    tell(tables(found))
     return 0
 
 
