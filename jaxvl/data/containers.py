@@ -180,10 +180,15 @@ def _ico(image: bytes) -> Bare:
 def _tiff(image: bytes) -> Bare:
     """The first page, its directory written anew with the tags in STORED alone."""
     order, big = orientation.layout(image)
-    found = {entry.tag: entry for entry in orientation.entries(image)}
+    (start,) = struct.unpack_from(order + ("Q" if big else "L"), image, 8 if big else 4)
+    (listed,) = struct.unpack_from(order + ("Q" if big else "H"), image, start)
+    entries = list(orientation.entries(image))
+    found = {entry.tag: entry for entry in entries}
     kept = {tag: entry for tag, entry in sorted(found.items()) if tag in STORED}
     if sum(entry.size for entry in kept.values()) > TABLES:
         raise Undecodable("bomb", f"its tags hold more than {TABLES:,} bytes")
+    if len(entries) < listed or any(e.at + e.size > len(image) for e in entries if e.tag in (*STORED, XMP)):
+        raise Undecodable("truncated", "its directory ends beyond the file")  # of which Pillow would take what there is
     number = lambda tag, default: (orientation.first(image, found[tag]) if tag in found else None) or default
     width, height, samples = number(WIDTH, 0), number(HEIGHT, 0), number(SAMPLES, 1)
     piece = (
@@ -194,7 +199,6 @@ def _tiff(image: bytes) -> Bare:
     extra = piece * max(4, (1 if number(PLANES, 1) == 2 else samples) * number(BITS, 1) // 8)
     # The directory goes where the old one was: behind the file it would stand in for pixels that are cut off.
     table = struct.pack(order + ("Q" if big else "H"), len(kept)) + b"".join(e.raw for e in kept.values()) + bytes(8 if big else 4)
-    (start,) = struct.unpack_from(order + ("Q" if big else "L"), image, 8 if big else 4)
     clean = image[:start] + table + image[start + len(table) :]
     packet = image[found[XMP].at : found[XMP].at + found[XMP].size] if XMP in found else b""
     return Bare(clean, "TIFF", orientation.read(image, packet), (width, height), extra)

@@ -8,6 +8,7 @@ first frame.
 """
 
 import io
+import struct
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -62,6 +63,8 @@ def read_header(image: bytes, min_side: int, max_pixels: int) -> Header:
         return _jpeg_header(image, check) if kind == "JPEG" else _pillow_header(bare(image, kind), check)
     except Undecodable:
         raise
+    except struct.error as error:
+        raise Undecodable("truncated", f"its {kind} header ends beyond the file") from error
     except Exception as error:  # whatever hostile bytes make a parser raise
         _refuse(error)
 

@@ -101,6 +101,18 @@ def test_a_jpeg_without_a_height_is_corrupt():
     assert refused(data.replace(struct.pack(">HH", 64, 96), struct.pack(">HH", 0, 96))) == "corrupt"
 
 
+@pytest.mark.parametrize("compression", ["raw", "packbits", "tiff_deflate"])  # the pixels last, or the directory
+def test_a_cut_tiff_is_whole_or_refused(compression):
+    data = encode(photo(), "TIFF", compression=compression)
+    for number in range(1, 180):
+        try:
+            got = decode_full(data[:-number], OPTIONS)
+        except Undecodable as error:
+            assert error.reason in ("truncated", "corrupt")
+        else:
+            assert (got == np.asarray(photo())).all(), number
+
+
 def test_a_wrong_checksum_of_pixels_is_not_silent():
     data = bytearray(encode(photo(), "PNG", compress_level=0))
     data[len(data) // 2] ^= 1  # inflates all the same

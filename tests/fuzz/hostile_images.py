@@ -62,7 +62,7 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
             for _ in range(rng.choice((1, 1, 3, 20))):
                 out[rng.randrange(len(out))] ^= 1 << rng.randrange(8)
         case 2:
-            del out[at:]
+            return cut(rng, data)
         case 3:
             out[at:] = bytes(len(out) - at + rng.choice((0, 4000)))
         case 4:
@@ -75,6 +75,11 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
         case 7:
             out += rng.choice((samsung(), bytes(5000), data, rng.randbytes(300)))
     return bytes(out)
+
+
+def cut(rng: random.Random, data: bytes) -> bytes:
+    """`data` without its end, mostly a few bytes."""
+    return data[: -rng.choice((1, 2, 5, rng.randrange(1, 40), rng.randrange(1, len(data))))]
 
 
 def large(rng: random.Random) -> bytes:
@@ -127,15 +132,15 @@ def largest(number: int) -> bytes:
     return kinds[number]()
 
 
-def hostile(seed: int) -> tuple[bytes, bool]:
-    """The image of a seed, and whether it is sound; below zero, the largest ones."""
+def hostile(seed: int) -> tuple[bytes, bytes | None]:
+    """The image of a seed, and the one that it is, or was before its end was cut off, where it is that; below zero, the largest ones."""
     if seed < 0:
-        return largest(-1 - seed), True
+        return (data := largest(-1 - seed)), data
     rng = random.Random(seed)
-    choice = rng.random()
-    if choice < 0.15:
-        return sound(rng), True
-    return (large(rng) if choice < 0.35 else damaged(rng, sound(rng))), False
+    choice, data = rng.random(), sound(rng)
+    if choice < 0.3:
+        return (data if choice < 0.15 else cut(rng, data)), data
+    return (large(rng) if choice < 0.5 else damaged(rng, data)), None
 
 
 def by_pillow(data: bytes) -> np.ndarray | None:
@@ -166,12 +171,12 @@ def memory(name: str) -> int:
 
 def tried(seed: int) -> dict[str, object]:
     """What came of a seed."""
-    data, whole = hostile(seed)  # which takes more than decoding it, and so has no limit yet
+    data, origin = hostile(seed)  # which takes more than decoding it, and so has no limit yet
     resource.setrlimit(resource.RLIMIT_AS, (SPACE, resource.RLIM_INFINITY))
     Path("/proc/self/clear_refs").write_text("5")
     before, begin = memory("VmRSS"), time.process_time()
     signal.alarm(LIMIT)
-    out: dict[str, object] = {"seed": seed, "start": data[:8].hex(), "sound": whole}
+    out: dict[str, object] = {"seed": seed, "start": data[:8].hex(), "sound": data == origin}
     try:
         uniforms = np.random.default_rng(abs(seed)).random(decode.UNIFORMS)
         shapes = decode.decode_eval(data, HOW).shape, decode.decode_eval(data, HOW._replace(fit="squash")).shape
@@ -184,6 +189,8 @@ def tried(seed: int) -> dict[str, object]:
     out |= {"seconds": time.process_time() - begin, "bytes": memory("VmHWM") - before}
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
     want = by_pillow(data)
+    if want is None and origin is not None:
+        want = by_pillow(origin)  # a cut image is whole or refused
     if want is not None and out["came"] == "pixels":
         got = decode.decode_full(data, HOW)
         out["off"] = float(np.abs(got - want.astype(float)).mean()) if got.shape == want.shape else 999.0
