@@ -39,7 +39,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
     "vit + bert": dict(image=dict(patch=8, pooler=WIDTH, eps=1e-12), text=_BERT),
     "dinov2 + bert": dict(image=dict(patch=8, registers=2, layer_scale=0.1), text=_BERT),
-    "dinov2 (SwiGLU) + clip": dict(image=dict(patch=8, gated=True, act="silu", mlp_dim=3 * WIDTH), text={}),
+    "dinov2 (SwiGLU) + clip": dict(image=dict(patch=8, gated=True, act="silu", mlp_dim=176), text={}),
 }
 # (kind, client) by part of their names: where a client differs for reasons that no file can mend, each of them a line of the model card.
 NAMED = (
@@ -50,6 +50,7 @@ NAMED = (
     ("special token", ""),
     ("longer than the context", "AutoTokenizer, padding=True|pipeline"),
 )
+Measured = dict[str, dict[tuple[str, str], float]]  # "image" and "text": 1 - cos of each (kind, client)
 BACKENDS = ("pil", "torchvision")
 UPRIGHT, OPENED, PATH = "exif_transpose(Image.open(path))", "Image.open(path)", "path"
 READERS: dict[str, Callable[[Path], Any]] = {UPRIGHT: lambda path: ImageOps.exif_transpose(Image.open(path)), OPENED: Image.open, PATH: str}
@@ -112,8 +113,8 @@ def own_faces(parts: Any, params: Any) -> tuple[Callable[[Path], np.ndarray], Ca
     return image, lambda text: unit(embed_text(parts.tokenizer.encode_batch(cleaned([text], how))))[0]
 
 
-def measure(run: Exported, files: dict[str, Path], strings: dict[str, str]) -> dict[str, dict[tuple[str, str], float]]:
-    """ "image" and "text": 1 - cos of each (kind, client), NaN where the client refuses the file or the string."""
+def measure(run: Exported, files: dict[str, Path], strings: dict[str, str]) -> Measured:
+    """Every client on every file and string; NaN where it refuses one."""
     try:
         import torch
         import transformers
@@ -176,23 +177,32 @@ def unit(vectors: Any) -> np.ndarray:
     return out / np.linalg.norm(out, axis=-1, keepdims=True)
 
 
-def tables(found: dict[str, dict[str, dict[tuple[str, str], float]]]) -> str:
-    """Markdown: a table of files and one of strings, a row a kind and a column a client."""
+def tables(found: dict[str, Measured]) -> str:
+    """Markdown, for files and for strings: a row a kind, by client over the families, and by family over the clients that are not NAMED."""
     out = []
-    for what in ("image", "text"):
-        cells = {family: parts[what] for family, parts in found.items()}
-        kinds, clients = (list(dict.fromkeys(key[i] for key in next(iter(cells.values())))) for i in (0, 1))
-        out += [f"### {what}", "", "| | " + " | ".join(clients) + " |", "|---" * (len(clients) + 1) + "|"]
-        for kind in kinds:
-            out.append(f"| {kind} | " + " | ".join(cell({f: cells[f][kind, client] for f in cells}) for client in clients) + " |")
-        out.append("")
+    for what, title in (("image", "Files"), ("text", "Strings")):
+        by_family = {family: parts[what] for family, parts in found.items()}
+        kinds, clients = (list(dict.fromkeys(key[i] for key in next(iter(by_family.values())))) for i in (0, 1))
+        by_client = {(k, c): {f: by_family[f][k, c] for f in by_family} for k in kinds for c in clients}
+        agreeing = {
+            (k, f): {c: by_family[f][k, c] for c in clients if not named(k, c, f)} for k in kinds for f in by_family
+        }  # fmt: skip
+        out += [f"## {title}, by client", "", *table(by_client), f"## {title}, by family, without what is named", "", *table(agreeing)]
     return "\n".join(out)
 
 
-def cell(by_family: dict[str, float]) -> str:
-    """The range over the families, "refused" where a client refuses all of them."""
-    values = np.array(list(by_family.values()))
-    if np.isnan(values).all():
-        return "refused"
-    low, high = np.nanmin(values), np.nanmax(values)
-    return f"{low:.0e} to {high:.0e}" if high > 1e-6 and high > 2 * low else f"{high:.0e}"
+def table(values: dict[tuple[str, str], dict[str, float]]) -> list[str]:
+    """The lines of a table whose cells are by (row, column)."""
+    rows, columns = (list(dict.fromkeys(key[i] for key in values)) for i in (0, 1))
+    lines = [f"| {row} | " + " | ".join(cell(values[row, column]) for column in columns) + " |" for row in rows]
+    return ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|", *lines, ""]
+
+
+def cell(by_name: dict[str, float]) -> str:
+    """The largest value, with the smallest and whose the largest is where they are far apart; NaN is what is refused."""
+    values = {name: value for name, value in by_name.items() if not np.isnan(value)}
+    if not values:
+        return "refused" if by_name else "named"
+    low, high, whose = min(values.values()), max(values.values()), max(values, key=lambda name: values[name])
+    shown = f"{high:.0e}" if high < max(1e-6, 1e3 * low) else f"{low:.0e} to {high:.0e} ({whose})"
+    return shown if len(values) == len(by_name) else f"{shown}, else refused"

@@ -8,6 +8,7 @@ import jax
 from jaxvl.data.dataset import Style
 from jaxvl.data.text import Cleaning
 
+PIPELINE = 64  # tokens to which transformers' zero-shot pipeline pads the labels of a SiglipModel
 FIT = {"crop": "its largest centred square of whole pixels", "squash": "the whole of it, its shape given up"}
 STYLE = {
     "plain": "each run of white space and invisible characters becomes one space, none at the ends",
@@ -44,8 +45,18 @@ def transformers(model: Any, architecture: str) -> str:
     towers = [name for name in ("image", "text") if getattr(recipe.init, name)]
     start = ", ".join(f"{name} tower from {getattr(recipe.init, name)}" for name in towers) or "random numbers"
     length = model.tokenizer.context_length
-    right = "which is right for this model" if length == 64 else "so that it is no use with this model"
-    limits = [*_limits(model), _OPENED, _WHOLE.format(length=length, pipeline=right) if siglip else _LONG.format(length=length)]
+    pads = (
+        "as this model needs"
+        if length == PIPELINE
+        else "which this model refuses"
+        if length < PIPELINE
+        else "too few for this model (up to 0.07)"
+    )
+    limits = [
+        *_limits(model),
+        _OPENED,
+        _WHOLE.format(length=length, pipeline=pads, pads=PIPELINE) if siglip else _LONG.format(length=length),
+    ]
     return _CARD.format(
         architecture=architecture, method=recipe.method.name, step=model.step, batch=recipe.train.batch_size, source=recipe.data.source, start=start,
         pad='"max_length"' if siglip else "True", size=recipe.data.image_size, length=length, preparation=_preparation(model), limits=_lines(limits), captions=_in_prompt(model),
@@ -106,17 +117,17 @@ def _lines(limits: list[str]) -> str:
 
 
 # Sizes are 1 - cos between embeddings, measured on small models with random weights: `jaxvl bench clients`.
-_UPRIGHT = "A picture that is opened without `exif_transpose` stays as it is stored: where EXIF turns it, 1 - cos is 0.03 to 0.2."
-_DEEP = "Pillow clips 16 bits a pixel where they should be scaled to 8 (0.3 to 0.9): divide by 257 before."
-_SPECIAL = "Blanks beside the text of a special token, such as `<eos>`, in a caption are read in another way (up to 0.4)."
+_UPRIGHT = "A picture that is opened without `exif_transpose` stays as it is stored: where EXIF turns it, 1 - cos is up to 0.2."
+_DEEP = "Pillow clips 16 bits a pixel where they should be scaled to 8 (up to 0.8): divide by 257 before."
+_SPECIAL = "The text of a special token in a caption, such as `<eos>`, may be read in another way (up to 0.8)."
 _OPENED = (
-    "Given a path instead of an opened picture, and in the zero-shot pipeline always, transparency is dropped and not put on white (0.1 to 0.2); "
+    "Given a path instead of an opened picture, and in the zero-shot pipeline always, transparency is dropped and not put on white (up to 0.7); "
     "the torchvision processor reads no BMP or TIFF from a path."
 )
 _LONG = "A caption longer than {length} tokens is refused where truncation is not asked for; the zero-shot pipeline never asks."
 _WHOLE = (
     "Captions must be padded to {length} tokens, as above, and as `AutoProcessor` does where it is told nothing, for the model reads padding: "
-    "with `padding=True` or none 1 - cos is 0.4 to 1. The zero-shot pipeline pads to 64, {pipeline}."
+    "with `padding=True` or none 1 - cos is up to 1. The zero-shot pipeline pads to {pads} whatever it is told, {pipeline}."
 )
 
 _CARD = """---
