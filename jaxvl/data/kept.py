@@ -26,8 +26,8 @@ def write_whole(path: Path, parts: Iterable[bytes]) -> None:
 
 
 def keep(path: Path, data: bytes) -> None:
-    """Write `data` at `path` behind its digest."""
-    write_whole(path, (digest_of(data), data))
+    """Write `data` at `path` behind a digest of it and of the file's name, which says what it was made of."""
+    write_whole(path, (digest_of(path.name.encode(), data), data))
 
 
 def kept(path: Path) -> bytes | None:
@@ -36,4 +36,4 @@ def kept(path: Path) -> bytes | None:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
-    return content[SIZE:] if content[:SIZE] == digest_of(content[SIZE:]) else None
+    return content[SIZE:] if content[:SIZE] == digest_of(path.name.encode(), content[SIZE:]) else None

@@ -54,6 +54,7 @@ REASONS = {
     "archive": "the shard is a zip, 7z or rar archive or a Parquet file, no tar",
     "ambiguous": "several images under one key, and none is named KEY.jpg, KEY.png or the like",
     "uncached": "the shard, unpacked, is larger than the cache may hold: raise data.cache_gb",
+    "gap": "zeros in the shard: tars put end to end, or a stretch that was never written",
     "joined": "image and caption of each sample have different names, which are laid out by one rule throughout",
 }
 REASONS |= {word: told(word) for word in UNREAD}  # a word more among these moves the next: count tarindex.VERSION up

@@ -7,8 +7,9 @@ whatever is in it.
 
 | in the file                                       | what the walk makes of it                                  |
 |---------------------------------------------------|------------------------------------------------------------|
-| zero blocks in the middle, tars put end to end    | skipped; members after them count                          |
+| zero blocks in the middle, tars put end to end    | "gap"; members after them count                            |
 | no zero block at the end                          | damage "unended": a tar cut between members looks the same |
+| more zeros at the end than tar fills up with      | "gap": a file whose end was never written looks the same   |
 | header with a wrong checksum, garbage             | damage "garbage"; search for the next header               |
 | size past the end of the file (truncated, giant)  | member marked truncated; search inside what it claimed     |
 | size that swallows later headers                  | found where the next header does not hold: the same        |
@@ -38,6 +39,7 @@ LIMITS = {b"L": NAME_LIMIT, b"K": NAME_LIMIT} | dict.fromkeys(
 DIGITS = 20  # of the largest number that can be meant
 RECORD = re.compile(rb"(\d{1,20}) (?:(path|size|GNU\.sparse\.[a-z.]+)=)?")  # of a pax header: its length, and the key where it matters
 FEW = 8  # candidates, of which one at a time is faster than all at once
+FILLING = 22 * BLOCK  # bytes of zeros at most that tar ends with: two blocks, and up to the next 10 KiB
 LOOKS = 2  # times the file's length that may be looked over again, for headers that a wrong size has hidden
 MAGIC = 257  # where a header says ustar
 ASCII = bytes(range(128))
@@ -88,12 +90,16 @@ def walk(fd: int, length: int) -> Iterator[Member | Damage]:
     inside: int | None = None  # where the data of the last header begin
     pending: dict[str, Any] = {}  # what long-name and pax headers say of the next member
     ended = True  # by zeros, or damage that has been told
+    zeros = 0  # bytes of them before `position`
     while position < length:
         block = read(position, BLOCK)
         if block == ZERO:
             begin, position = position, _zeros_end(fd, position, length)
-            looked, ended = looked + position - begin, True
+            looked, ended, zeros = looked + position - begin, True, position - begin
             continue
+        if zeros:
+            yield Damage("gap", position - zeros)
+            zeros = 0
         header = _parse(block)
         if header is None:
             if block.strip(b"\0"):
@@ -138,8 +144,10 @@ def walk(fd: int, length: int) -> Iterator[Member | Damage]:
             last, position = member, data + _padded(size)
     if last is not None:
         yield last
-    if not ended:
+    if not ended or (zeros and length % BLOCK):  # tars are whole blocks
         yield Damage("unended", length)
+    if zeros > FILLING and zeros < length:
+        yield Damage("gap", length - zeros)
 
 
 def is_header(block: bytes) -> bool:
