@@ -36,6 +36,11 @@ def assemble(recipe: Any, tokenizer: Any, run: Run = Run()) -> Parts:
         text = text._replace(**{key: getattr(text, key) or value for key, value in known.items() if key in text._fields})
         if text.vocab_size < tokenizer.vocab_size:
             raise ValueError(f"config.text.vocab_size is {text.vocab_size}; the tokenizer has {tokenizer.vocab_size} ids")
+        if getattr(text, "pool", "") in ("eos", "argmax") and not tokenizer.ends:
+            raise ValueError(
+                f"config.text.pool is {text.pool!r}, and captions end in no EOS: the tokenizer's own template puts none, or tokenizer.end is False; "
+                f"set config.text.pool to 'last'"
+            )
         run = run._replace(**lexicon.facts(tokenizer))
     optim = recipe.optim._replace(groups=lora.groups(recipe.optim.groups)) if recipe.lora.rank else recipe.optim
     choice = METHODS[recipe.method.name]

@@ -29,6 +29,7 @@ class Sizes(NamedTuple):
     eos: int
     mask: int
     context_length: int
+    ends: bool = True
     lexicon: Lexicon | None = None
     prompt: Prompt | None = None
 
@@ -43,7 +44,7 @@ def sizes(recipe: Any, size: int) -> Sizes:
     o = recipe.tokenizer
     words = getattr(recipe.method, "entries", 0) or max(size - SPECIAL, 1)
     lexicon = Lexicon(np.arange(SPECIAL, SPECIAL + words, dtype=np.int32), (), {}) if o.lexicon else None
-    return Sizes(size, size - 1, size - 2, o.context_length, lexicon, _prompt(o.prompt, o.context_length) if o.prompt else None)
+    return Sizes(size, size - 1, size - 2, o.context_length, o.end, lexicon, _prompt(o.prompt, o.context_length) if o.prompt else None)
 
 
 def rehearse(recipe: Any) -> None:

@@ -43,6 +43,7 @@ def test_full_size_in_shapes(file):
         vocab_size=config.tokenizer.vocab_size,
         context_length=config.tokenizer.context_length,
         eos=2,
+        ends=True,
         mask=3,
         lexicon=lexical,
         prompt=prompt,

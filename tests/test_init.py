@@ -74,7 +74,7 @@ def test_what_is_loaded_resized_and_new(imported, tokenizer, capsys):
 def test_a_row_is_put_in_front_for_the_padding_that_a_tokenizer_adds(imported, tokenizer):
     model = importing.read(imported / "bert").model
     rows = model.text.vocab_size
-    small = SimpleNamespace(vocab_size=rows + 1, context_length=8, eos=2, mask=3, lexicon=None, prompt=None)
+    small = SimpleNamespace(vocab_size=rows + 1, context_length=8, eos=2, ends=True, mask=3, lexicon=None, prompt=None)
     parts = assemble(configs.read(config(imported, init=dict(skip=""))), small)
     shapes, _ = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
     leaf = initial.plan(parts.recipe, shapes, 1)["text/embed"]
@@ -125,7 +125,7 @@ def test_codebooks_start_as_rows_of_the_decoders_output(imported, tmp_path):
     tower = importing.tower(tmp_path / "llama", "text")
     rows, words = tower["vocab_size"], np.array([7, 3, 11], np.int32)
     small = SimpleNamespace(
-        vocab_size=rows + 1, context_length=8, eos=2, mask=3, lexicon=lexicon.Lexicon(words, ("a", "b", "c"), {}), prompt=None
+        vocab_size=rows + 1, context_length=8, eos=2, ends=True, mask=3, lexicon=lexicon.Lexicon(words, ("a", "b", "c"), {}), prompt=None
     )
     sections = dict(
         method=dict(name="lexvla", adapter_heads=2, width=8), text={**tower, "dtype": "float32", "vocab_size": rows + 1},

@@ -19,6 +19,7 @@ from jaxvl.data.lexicon import Lexicon, Prompt
 from jaxvl.data.lists import read_json
 
 PAD, BOS, EOS, MASK = "<pad>", "<bos>", "<eos>", "<mask>"  # of the trained tokenizers
+NAMED = ("bos", "eos", "pad", "mask")  # special tokens that have a name
 TRAINED = ("bpe", "words")  # tokenizers that are made of the captions themselves
 LONGEST = 1 << 14  # bytes of a caption that are looked at; no encoder reads more
 PUNCTUATION = re.compile(r"""[,.'!?"()*#:;~]""")  # what ALBEF's cleaning deletes
@@ -60,7 +61,7 @@ class Cleaning(NamedTuple):
 class TokenizerOptions(NamedTuple):
     """name: "bpe", "words" (words.py), or a folder or hub name of a fast tokenizer. context_length: ids a caption, BOS and EOS included.
 
-    end: whether a caption ends in EOS; ALBEF and TCL feed BERT none ([CLS] and word pieces). vocab_size and captions (how many to train
+    end: False leaves out the EOS in which the tokenizer's own template ends a caption; ALBEF and TCL feed BERT none ([CLS] and word pieces). vocab_size and captions (how many to train
     on at most) are those of a tokenizer made of captions, lowercase that of the BPE.
 
     prompt: a text with one {} for the caption, or a name in `lexicon.PROMPTS`; it is tokenised with the caption as one string, and never cut.
@@ -83,41 +84,55 @@ class TokenizerOptions(NamedTuple):
     lexicon_stop: tuple[int, ...] = ()
 
 
+class Special(NamedTuple):
+    """Tokens of a tokenizer that are no text. front, back: those that its template puts around each text, in their order."""
+
+    front: tuple[str, ...]
+    back: tuple[str, ...]
+    bos: str | None
+    eos: str
+    pad: str | None
+    mask: str | None = None
+
+
 class Tokenizer:
     """Captions to ids and back.
 
-    vocab_size: number of ids, padding included. bos, eos, mask: their ids, None for a bos or mask that the tokenizer has not. offset: what was
+    vocab_size: number of ids, padding included. bos, eos, mask: their ids, None for a bos or mask that the tokenizer has not. ends: whether
+    captions end in EOS, which the tokenizer's own template decides, as it does whether they begin with BOS. offset: what was
     added to the ids of the tokenizer it came from, 0 or 1; imported embedding tables need as many rows put in front. prompt, lexicon: see
     `ask` and `lexicon.py`, None without.
     """
 
-    def __init__(
-        self, backend: Any, context_length: int, bos: str | None, eos: str, pad: str | None, end: bool = True, mask: str | None = None
-    ) -> None:
-        """`backend` is a tokenizers.Tokenizer; it is kept and changed: template, truncation, no padding. end: captions end in EOS."""
+    def __init__(self, backend: Any, context_length: int, special: Special, end: bool = True) -> None:
+        """`backend` is a tokenizers.Tokenizer; it is kept and changed: template, truncation, no padding. end: captions keep EOS."""
         from tokenizers import processors
 
-        least = 1 + (bos is not None) + end
-        if context_length < least:
+        front, back = special.front, special.back if end else tuple(t for t in special.back if t != special.eos)
+        if context_length <= len(front) + len(back):
             raise ValueError(
-                f"tokenizer.context_length is {context_length}; it takes {least} or more, for {bos or ''}{eos if end else ''} and a token"
+                f"tokenizer.context_length is {context_length}; it takes {1 + len(front) + len(back)} or more, for "
+                f"{''.join([*front, *back])} and a token"
             )
-        first, last = backend.token_to_id(bos) if bos else None, backend.token_to_id(eos)
-        specials = [(t, backend.token_to_id(t)) for t in dict.fromkeys(filter(None, (bos, eos)))]
-        template = " ".join(f"{t}:0" for t in (bos, "$A", eos if end else None) if t)
-        backend.post_processor = processors.TemplateProcessing(template, None, specials)
+        ids = {token: backend.token_to_id(token) for token in (*front, *back, special.bos, special.eos, special.pad, special.mask) if token}
+        if lost := [token for token in (*front, *back, special.eos) if ids[token] is None]:
+            raise ValueError(f"the tokenizer has no id for its own token {lost[0]}")
+        template = [*(f"{token}:0" for token in front), "$A", *(f"{token}:0" for token in back)]
+        backend.post_processor = processors.TemplateProcessing(
+            template, None, [(token, ids[token]) for token in dict.fromkeys((*front, *back))]
+        )
         backend.enable_truncation(context_length)
         backend.no_padding()
-        self._backend, self._names = backend, {"bos_token": bos, "eos_token": eos, "pad_token": pad, "mask_token": mask}
-        self.offset = 0 if pad and pad not in (bos, eos) and backend.token_to_id(pad) == 0 else 1
+        self._backend, self._special = backend, special
+        self.offset = 0 if special.pad and special.pad not in (special.bos, special.eos) and ids[special.pad] == 0 else 1
         self.context_length = context_length
         self.vocab_size = backend.get_vocab_size() + self.offset
-        self.bos = None if first is None else first + self.offset
-        self.eos = last + self.offset
-        self.mask = backend.token_to_id(mask) + self.offset if mask else None
+        own = lambda token: None if ids.get(token) is None else ids[token] + self.offset
+        self.bos, self.eos, self.mask = own(special.bos), ids[special.eos] + self.offset, own(special.mask)
+        self.ends = special.eos in back
         self.prompt: Prompt | None = None
         self.lexicon: Lexicon | None = None
-        self._most, self._ended = context_length, end
+        self._most, self._behind = context_length, len(back)
 
     def ask(self, template: str, caption_length: int = 0, *, shared: bool = True) -> None:
         """From now on captions are put into `template`, which has one {}. Raises ValueError where the context leaves no room for a caption.
@@ -135,7 +150,7 @@ class Tokenizer:
         front, tail = lexicons.shared_ends(probes)
         # Where no probe joins with the last id in front of the caption, another caption still may.
         head = template.split("{}")[0]
-        whole = len(self._ids([head])[0]) - self._ended if head else 0
+        whole = len(self._ids([head])[0]) - self._behind if head else 0
         front = front[: max(whole - 1, 0)]
         self.prompt = Prompt(template, tuple(i + self.offset for i in front) if shared else (), tail, whole)
         self._most = empty + (caption_length or room)
@@ -186,7 +201,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.context_length}
-        config |= {name: token for name, token in self._names.items() if token}
+        config |= {f"{name}_token": token for name in NAMED if (token := getattr(self._special, name))}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
         self._backend.save(str(folder / "tokenizer.json"))
         if self.lexicon is not None:
@@ -228,7 +243,12 @@ def train_tokenizer(captions: Iterable[str], options: TokenizerOptions) -> Token
     kept = list(itertools.islice(itertools.chain([first], captions), options.captions))
     captions = [*lexicons.template(options.prompt).split("{}"), *kept] if options.prompt else kept
     if options.name == "words":
-        made = Tokenizer(words.backend(captions, [PAD, EOS], options.vocab_size), options.context_length, None, EOS, PAD, options.end)
+        made = Tokenizer(
+            words.backend(captions, [PAD, EOS], options.vocab_size),
+            options.context_length,
+            Special((), (EOS,), None, EOS, PAD),
+            options.end,
+        )
         return _complete(made, options, kept)
     backend = Backend(models.BPE())
     steps = [normalizers.NFKC()] + [normalizers.Lowercase()] * options.lowercase
@@ -240,7 +260,7 @@ def train_tokenizer(captions: Iterable[str], options: TokenizerOptions) -> Token
         vocab_size=options.vocab_size, special_tokens=[PAD, BOS, EOS, MASK], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(captions, trainer)
-    return _complete(Tokenizer(backend, options.context_length, BOS, EOS, PAD, options.end, MASK), options, kept)
+    return _complete(Tokenizer(backend, options.context_length, Special((BOS,), (EOS,), BOS, EOS, PAD, MASK), options.end), options, kept)
 
 
 def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None, seen: Iterable[str] = ()) -> Tokenizer:
@@ -254,29 +274,54 @@ def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None, 
         names = read_json(Path(folder) / "tokenizer_config.json")
         if not isinstance(names, dict) or not isinstance(names.get("eos_token"), str):
             raise ValueError(f"{folder}/tokenizer_config.json names no eos_token; it is damaged")
-        saved = backend_of(Path(folder) / "tokenizer.json")
-        made = Tokenizer(
-            saved,
-            options.context_length,
-            names.get("bos_token"),
-            names["eos_token"],
-            names.get("pad_token"),
-            options.end,
-            names.get("mask_token"),
-        )
-        return _complete(made, options, (), Path(folder))
+        backend = backend_of(Path(folder) / "tokenizer.json")
+        bos, eos, pad, mask = (names.get(f"{name}_token") for name in NAMED)
+        special = Special(*template(backend), bos, eos or "", pad, mask)
+        return _complete(Tokenizer(backend, options.context_length, special, options.end), options, (), Path(folder))
     if options.name in TRAINED:
         raise ValueError(f"tokenizer.name is {options.name!r}, which is trained on captions; only a folder or a hub name can be loaded")
     from transformers import AutoTokenizer
 
-    found = AutoTokenizer.from_pretrained(options.name)
+    try:
+        found = AutoTokenizer.from_pretrained(options.name, trust_remote_code=False)
+    except Exception as error:  # the libraries raise bare Exceptions for damaged files, and what its code wants for a missing package
+        raise ValueError(f"tokenizer.name is {options.name!r}, which cannot be opened: {_why(options.name, error)}") from error
     backend = getattr(found, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"tokenizer.name is {options.name!r}, a {type(found).__name__}; only fast tokenizers (tokenizer.json) can be used")
     bos, eos = found.bos_token or found.cls_token, found.eos_token or found.sep_token
     if eos is None:
         raise ValueError(f"tokenizer.name is {options.name!r}, which has no EOS or SEP token; text encoders need one to end a caption")
-    return _complete(Tokenizer(backend, options.context_length, bos, eos, found.pad_token, options.end, found.mask_token), options, seen)
+    special = Special(*template(backend), bos, eos, found.pad_token, found.mask_token)
+    return _complete(Tokenizer(backend, options.context_length, special, options.end), options, seen)
+
+
+def _why(name: str, error: Exception) -> str:
+    """One sentence on what is wrong with a tokenizer that transformers does not open."""
+    from jaxvl.interop.foreign import told
+
+    if "trust_remote_code" in str(error):
+        return "it is made by code of its own, which is never run; use one that has a tokenizer.json"
+    files = (Path(name) / file for file in ("tokenizer.json", "tokenizer_config.json"))
+    return next(filter(None, map(told, filter(Path.is_file, files))), "") or next(filter(None, str(error).splitlines()), repr(error))
+
+
+def template(backend: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The tokens that a tokenizers.Tokenizer puts in front of a text and behind it, by its own post-processor.
+
+    Raises ValueError where it does other things with a text.
+    """
+    backend.no_truncation()
+    backend.no_padding()
+    for probe in ("a", "the", "0", *itertools.islice(backend.get_vocab(), 1000)):
+        alone, whole = backend.encode(probe, add_special_tokens=False).ids, backend.encode(probe).ids
+        if alone:
+            break
+    for i in range(len(whole) - len(alone) + 1):
+        if alone and whole[i : i + len(alone)] == alone:
+            front, back = whole[:i], whole[i + len(alone) :]
+            return tuple(map(backend.id_to_token, front)), tuple(map(backend.id_to_token, back))
+    raise ValueError(f"the tokenizer's post-processor makes {whole} of the ids {alone}; only tokens in front and behind can be put")
 
 
 def backend_of(file: Path) -> Any:
@@ -309,7 +354,9 @@ def _complete(made: Tokenizer, options: TokenizerOptions, seen: Iterable[str], f
             made.lexicon = lexicons.load(folder, vocabulary, made.offset, what)
         else:
             special = {str(t) for t in backend.get_added_tokens_decoder().values() if t.special} | {words.UNKNOWN}
-            made.lexicon = lexicons.choose(vocabulary, special | set(filter(None, made._names.values())), made.offset, what, count)
+            made.lexicon = lexicons.choose(
+                vocabulary, special | set(filter(None, (getattr(made._special, name) for name in NAMED))), made.offset, what, count
+            )
     if options.prompt:
         made.ask(lexicons.template(options.prompt), options.caption_length, shared=options.prompt_shared)
     return made

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxvl.data import lexicon
-from jaxvl.data.text import EOS, PAD, Tokenizer, TokenizerOptions, load_tokenizer, train_tokenizer
+from jaxvl.data.text import EOS, PAD, Special, Tokenizer, TokenizerOptions, load_tokenizer, train_tokenizer
 
 CAPTIONS = ["A small red boat on the lake.", "two boats, one lake", "<person> said", '"so" <person>'] * 20
 ASK = 'The focus of "{}" lies on:'
@@ -26,7 +26,7 @@ def joining():
     letters = sorted(set(ASK + "A boat.<person>'x"))
     pieces = [PAD, EOS, *letters, '"<', '."', "of"]
     backend = Backend(models.BPE({piece: i for i, piece in enumerate(pieces)}, [('"', "<"), (".", '"'), ("o", "f")]))
-    return lambda length=60: Tokenizer(backend, length, None, EOS, PAD, end=False)
+    return lambda length=60: Tokenizer(backend, length, Special((), (), None, EOS, PAD))
 
 
 def test_a_prompt_is_one_string(joining):

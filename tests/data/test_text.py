@@ -1,5 +1,6 @@
 """Captions in, ids out: what is cleaned, refused, kept and written."""
 
+import json
 import pickle
 import random
 import subprocess
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from jaxvl import config
 from jaxvl.data import text
 from jaxvl.data.text import TokenizerOptions, Uncaptioned, clean_caption, load_tokenizer, prompts, train_tokenizer
+from jaxvl.parts import assemble
+from tests import tiny_config
 
 CAPTIONS = ["A small red boat on the lake.", "two boats, one lake", "the old man and the sea", "Ein Bär läuft", "猫が眠る"] * 20
 OPTIONS = TokenizerOptions(vocab_size=512, context_length=16)
@@ -132,31 +136,121 @@ def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(bpe, tmp_path):
     np.testing.assert_array_equal(named.encode_batch(CAPTIONS[:5]), want)
 
 
-@pytest.mark.parametrize("style", ["clip", "bert", "llama"])
-def test_padding_is_zero_for_every_tokenizer(style, tmp_path):
-    """Published tokenizers pad with EOS, with 0, or with nothing; and id 0 may be a word."""
+def _template(single, *specials):
+    from tokenizers import processors
+
+    return lambda ids: processors.TemplateProcessing(single, None, [(token, ids[token]) for token in specials])
+
+
+def _pair(kind):
+    from tokenizers import processors
+
+    return lambda ids: getattr(processors, kind)(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
+
+
+def _bytes(_):
+    from tokenizers import processors
+
+    return processors.ByteLevel()
+
+
+CLS = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+BOTH = {"bos_token": "<s>", "eos_token": "</s>"}
+STYLES = {
+    "clip": ({**BOTH, "pad_token": "</s>"}, _template("<s> $A </s>", "<s>", "</s>")), "bert": (CLS, _pair("BertProcessing")), "roberta": (CLS, _pair("RobertaProcessing")),
+    "llama": (BOTH, _template("<s> $A", "<s>")), "gpt2": ({"bos_token": "</s>", "eos_token": "</s>"}, _bytes), "none at all": (BOTH, None),
+    "siglip2": ({**BOTH, "pad_token": "[PAD]"}, _template("$A </s>", "</s>")), "t5": ({"eos_token": "</s>", "pad_token": "[PAD]"}, _template("$A </s>", "</s>")),
+    "nllb": (BOTH, _template("<s> [CLS] $A </s> [SEP]", "<s>", "[CLS]", "</s>", "[SEP]")),
+}  # fmt: skip
+
+
+def style_of(style, folder):
+    """A small tokenizer with the special tokens and the template of a published one, and its vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    specials = {
-        "clip": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"},
-        "bert": {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"},
-        "llama": {"bos_token": "<s>", "eos_token": "</s>"},
-    }[style]
-    words = ["!", "a", "boat", "<unk>"]
-    order = [specials["pad_token"], *words] if style == "bert" else words
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*order, *specials.values()]))}
+    specials, processor = STYLES[style]
+    words = ["!", "a", "boat", "<unk>", *BOTH.values(), *CLS.values()]
+    order = [specials["pad_token"], *words] if specials.get("pad_token") == "[PAD]" else words
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(order))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, **specials).save_pretrained(tmp_path)
-    found = load_tokenizer(OPTIONS._replace(name=str(tmp_path), context_length=6))
-    assert found.offset == (style != "bert") and found.vocab_size == len(vocabulary) + found.offset
-    first, last = specials.get("bos_token", "[CLS]"), specials.get("eos_token", "[SEP]")
-    want = [vocabulary[t] + found.offset for t in (first, "!", "a", "boat", last)]
-    np.testing.assert_array_equal(found.encode_batch(["! a boat"]), [[*want, 0]])
+    if processor:
+        backend.post_processor = processor(vocabulary)
+    PreTrainedTokenizerFast(tokenizer_object=backend, **specials).save_pretrained(folder)
+    return vocabulary
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_special_tokens_are_where_the_tokenizers_own_template_puts_them(style, tmp_path):
+    """The ids are those of transformers, moved up where 0 is no padding: published tokenizers pad with EOS, with 0, or with nothing."""
+    from transformers import AutoTokenizer
+
+    vocabulary = style_of(style, tmp_path)
+    found, theirs = load_tokenizer(OPTIONS._replace(name=str(tmp_path), context_length=7)), AutoTokenizer.from_pretrained(tmp_path)
+    padded = STYLES[style][0].get("pad_token") == "[PAD]"
+    assert found.offset == (not padded) and found.vocab_size == len(vocabulary) + found.offset
+    captions = ["! a boat", "a", "boat " * 9, "x"]
+    want = [[i + found.offset for i in theirs(caption, truncation=True, max_length=7).input_ids] for caption in captions]
+    np.testing.assert_array_equal(found.encode_batch(captions), [row + [0] * (7 - len(row)) for row in want])
+    assert found.ends == (style not in ("llama", "gpt2", "none at all"))
     found.save(tmp_path / "run")
-    again = load_tokenizer(OPTIONS._replace(context_length=6), tmp_path / "run")
-    np.testing.assert_array_equal(again.encode_batch(["! a boat"]), [[*want, 0]])
+    again = load_tokenizer(OPTIONS._replace(context_length=7), tmp_path / "run")
+    np.testing.assert_array_equal(again.encode_batch(captions), found.encode_batch(captions))
+    bare = load_tokenizer(OPTIONS._replace(name=str(tmp_path), context_length=7, end=False))
+    assert not (bare.encode_batch(captions) == bare.eos).any() and not bare.ends
+
+
+@pytest.mark.parametrize("style, change", [("gpt2", {}), ("llama", {}), ("clip", {"end": False})])
+def test_a_tower_that_pools_at_an_end_needs_captions_that_have_one(style, change, tmp_path):
+    style_of(style, tmp_path)
+    tokenizer = load_tokenizer(OPTIONS._replace(name=str(tmp_path), context_length=7, **change))
+    recipe = config.read(tiny_config.get_config())
+    with pytest.raises(ValueError, match=r"config.text.pool is 'eos', and captions end in no EOS.*set config.text.pool to 'last'"):
+        assemble(recipe, tokenizer)
+    assemble(recipe._replace(text=recipe.text._replace(pool="last")), tokenizer)
+
+
+def test_a_template_that_does_more_than_put_tokens_around_a_text_is_refused(tmp_path):
+    from tokenizers import processors
+
+    style_of("bert", tmp_path)
+    path = tmp_path / "tokenizer.json"
+    body = json.loads(path.read_text())
+    twice = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", body["model"]["vocab"]["[CLS]"]), ("[SEP]", 2)])
+    body["post_processor"] = json.loads(twice.__getstate__())
+    body["post_processor"]["single"].pop(1)  # the text itself
+    path.write_text(json.dumps(body))
+    with pytest.raises(ValueError, match="post-processor makes"):
+        load_tokenizer(OPTIONS._replace(name=str(tmp_path)))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:01\nsize 5\n"
+
+
+@pytest.mark.parametrize("name, damage, words", [
+    ("tokenizer.json", POINTER, "a Git LFS pointer"), ("tokenizer.json", "{", "cannot be opened"), ("tokenizer.json", "", "is empty"),
+    ("tokenizer_config.json", '{"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["evil.X", null]}}', "code of its own, which is never run"),
+])  # fmt: skip
+def test_a_folder_that_is_no_tokenizer_is_one_sentence_and_its_code_is_never_run(name, damage, words, tmp_path):
+    style_of("bert", tmp_path)
+    (tmp_path / name).write_text(damage)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass X: pass\n")
+    with pytest.raises(ValueError, match=words) as error:
+        load_tokenizer(OPTIONS._replace(name=str(tmp_path)))
+    assert f"tokenizer.name is {str(tmp_path)!r}" in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "[]"), ("tokenizer_config.json", "{}"), ("tokenizer_config.json", '{"eos_token": 3}')
+])  # fmt: skip
+def test_a_damaged_tokenizer_of_a_run_is_one_sentence(bpe, name, damage, tmp_path):
+    bpe.save(tmp_path)
+    (tmp_path / name).write_text(damage)
+    with pytest.raises(ValueError, match=name) as error:
+        load_tokenizer(OPTIONS, tmp_path)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_captions_without_an_end(bpe, tmp_path):

@@ -125,7 +125,7 @@ def test_a_run_is_exported_under_the_published_names(tmp_path, retrieval):
         text=tower(found.model.text), tokenizer=dict(context_length=9), data=dict(source="x", image_size=32, id="sample"), train=dict(batch_size=4, steps=1),
     )  # fmt: skip
     tokenizer = train_tokenizer(["a"], TokenizerOptions(vocab_size=512, context_length=9))
-    few = SimpleNamespace(vocab_size=97, context_length=9, eos=2, mask=3, save=tokenizer.save)
+    few = SimpleNamespace(vocab_size=97, context_length=9, eos=2, ends=True, mask=3, save=tokenizer.save)
     parts = assemble(configs.read(configs.complete(configs.ConfigDict(config))), few)
     shapes, kept = jax.eval_shape(lambda: parts.method.init(jax.random.key(0), parts.spec))
     assert jax.tree.structure(shapes) == jax.tree.structure(params) and set(kept) == {*memory, "step"}
