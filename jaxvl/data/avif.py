@@ -19,7 +19,7 @@ def coded(image: bytes) -> int:
     return max((width * height for width, height in sizes), default=0)
 
 
-def _boxes(image: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+def boxes(image: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """(type, start and end of what it holds) of the boxes in a stretch."""
     for _ in range(PLACES):
         if at + 8 > end:
@@ -38,7 +38,7 @@ def _boxes(image: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
 
 def _places(image: bytes, at: int, end: int) -> Iterator[int]:
     """Where coded items and samples begin."""
-    inner = list(_boxes(image, at, end))
+    inner = list(boxes(image, at, end))
     data = next((begin for kind, begin, _ in inner if kind == b"idat"), 0)
     for kind, begin, stop in inner:
         if kind in CONTAINERS:

@@ -8,6 +8,7 @@ decoded as soon as a file is opened (ICO), or at another size than the header's 
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxvl.data import avif, orientation
@@ -206,15 +207,40 @@ def _tiff(image: bytes) -> Bare:
 
 def _jpeg2000(image: bytes) -> Bare:
     """The size and the tiles of the codestream itself (ISO/IEC 15444-1, A.5.1), whatever the boxes around it say."""
-    at = image.find(b"\xff\x4f\xff\x51")
-    if at < 0 or at + 42 > len(image):
-        raise Undecodable("truncated", "it has no codestream")
+    boxes = avif.boxes(image, 0, len(image)) if image[:1] == b"\0" else iter([(b"jp2c", 0, 0)])
+    at = next((begin for kind, begin, _ in boxes if kind == b"jp2c"), len(image))
+    if image[at : at + 4] != b"\xff\x4f\xff\x51":
+        raise Undecodable("truncated" if at >= len(image) else "corrupt", "it has no codestream")
     right, bottom, left, top, tile_width, tile_height, tile_left, tile_top, samples = struct.unpack_from(">8LH", image, at + 8)
     width, height = right - left, bottom - top
     if min(width, height, tile_width, tile_height, samples) < 1 or samples > 4:
         raise Undecodable("corrupt", f"{samples} components of {width} x {height} in tiles of {tile_width} x {tile_height}")
     tiles = -(-(right - tile_left) // tile_width) * -(-(bottom - tile_top) // tile_height)
-    return Bare(image, "JPEG2000", size=(width, height), extra=tiles * (6000 + 1200 * samples) + 8 * samples * width * height)
+    each = 8 + max(_density(image, at), default=0.0)
+    return Bare(image, "JPEG2000", size=(width, height), extra=tiles * (6000 + 1200 * samples) + int(each * samples * width * height))
+
+
+def _density(image: bytes, at: int) -> Iterator[float]:
+    """Bytes a sample that the code-blocks and precincts of a JPEG 2000 codestream at `at` take, for each of its coding styles (A.6.1, A.6.2)."""
+    at, end = at + 2, len(image)
+    for _ in range(PARTS):
+        marker, length = struct.unpack_from(">HH", image, at) if at + 4 <= len(image) else (0, 0)
+        if marker == 0xFF93:  # the tile's data
+            at = end
+            continue
+        if marker == 0xFF90:  # a tile
+            (size,) = struct.unpack_from(">L", image, at + 6)
+            end = max(at + size, at + 12) if size else len(image)
+        if marker in (0xFF52, 0xFF53):
+            body = image[at + 4 : at + 2 + length]
+            styled, rest = (body[0], body[5:]) if marker == 0xFF52 else (body[1], body[2:])
+            blocks = 1 / (1 << (rest[1] & 15) + 2 + (rest[2] & 15) + 2)
+            sizes = rest[5 : 6 + rest[0]] if styled & 1 else b""
+            precincts = sum(0.25**i / (1 << (size & 15) + (size >> 4)) for i, size in enumerate(reversed(sizes)))
+            yield 4 / 3 * 400 * blocks + 1650 * precincts
+        if not 0xFF4F < marker < 0xFFD9:
+            return
+        at += 2 + length
 
 
 def _avif(image: bytes) -> Bare:

@@ -222,6 +222,7 @@ def test_memory_is_told_from_the_header_by_bytes(monkeypatch):
     webp = encode(photo(), "WEBP", lossless=True)
     jp2 = encode(photo(), "JPEG2000")
     siz = jp2.index(b"\xff\x4f\xff\x51") + 8
+    cod = jp2[(at := jp2.index(b"\xff\x52")) : at + 14]
     sized = lambda *numbers: jp2[:siz] + struct.pack(f">{len(numbers)}L", *numbers) + jp2[siz + 4 * len(numbers) :]
     bombs = {
         "tile": tiff(64, 64, 16000),
@@ -232,7 +233,10 @@ def test_memory_is_told_from_the_header_by_bytes(monkeypatch):
         "icon, bitmap": ico(struct.pack("<LllHHLLllLL", 40, 9000, 18000, 1, 32, 0, 0, 0, 0, 0, 0) + bytes(999)),
         "long rows": png(30_000_000, 2, 6, 16),
         "codestream in a small box": sized(9000, 9000),
+        "codestream behind another": jp2[: siz - 16] + struct.pack(">L", 8 + len(jp2)) + b"free" + jp2 + sized(9000, 9000)[siz - 16 :],
         "tiles": sized(20000, 2000, 0, 0, 10, 10),
+        "precincts": sized(2000, 2000).replace(cod, cod[:4] + b"\1" + cod[5:] + b"\x11" * 6).replace(b"\xff\x52\0\x0c", b"\xff\x52\0\x12"),
+        "code-blocks": sized(4000, 4000).replace(cod, cod[:10] + b"\0\0" + cod[12:]),
         "progressive": scans(16, 3).replace(struct.pack(">HH", 16, 16), struct.pack(">HH", 8192, 8192)),
         "slow": b"P6 4000 4000 100\n" + bytes(99),
     }
@@ -279,6 +283,12 @@ def test_no_structure_takes_long(data):
     except Undecodable as error:
         assert error.reason in REASONS
     assert time.process_time() - begin < 2
+
+
+def test_a_jpeg_2000_of_any_style_is_read():
+    for more in ({}, {"codeblock_size": (4, 4)}, {"precinct_size": (64, 64)}, {"tile_size": (32, 32)}, {"num_resolutions": 1}):
+        assert (decode_full(encode(photo(), "JPEG2000", **more), OPTIONS) == np.asarray(photo())).all()
+        assert (decode_full(encode(photo(), "JPEG2000", no_jp2=True, **more), OPTIONS) == np.asarray(photo())).all()
 
 
 def test_comments_of_any_length_stand_in_a_ppm():
