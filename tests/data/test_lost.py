@@ -113,7 +113,7 @@ def test_every_cut_of_a_tar_or_gzip_loses_nothing_without_a_word(tmp_path: Path)
     assert not indexed(WHOLE).damage and indexed(WHOLE + WHOLE).damage == ("gap",)
     hole = header_at(WHOLE, "000003.png"), header_at(WHOLE, "000004.png")
     assert indexed(WHOLE[: hole[0]] + bytes(hole[1] - hole[0]) + WHOLE[hole[1] :]).damage == ("gap",), "of the size of a sample"
-    assert indexed(WHOLE[: hole[0]] + bytes(30_000)).damage == ("gap",), "never written to the end"
+    assert indexed(WHOLE[: hole[0]] + bytes(60 * BLOCK)).damage == ("gap",), "never written to the end"
     packed = gzip.compress(WHOLE)
     for cut in range(20, len(packed) - 1, 97):
         path = tmp_path / f"{cut}.tar"
