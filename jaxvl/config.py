@@ -7,7 +7,6 @@ A key that no tuple has is an error with a suggestion: an option that nothing re
 import ast
 import contextlib
 import difflib
-import runpy
 import sys
 import types
 import typing
@@ -18,8 +17,9 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxvl import checkpoint, mesh, report
+from jaxvl import checkpoint, config_file, mesh, report
 from jaxvl.checkpoint import CheckpointOptions
+from jaxvl.config_file import ConfigError
 from jaxvl.data import augment, dataset, text
 from jaxvl.data.augment import AugmentOptions
 from jaxvl.data.dataset import DataOptions
@@ -39,10 +39,6 @@ from jaxvl.report import LogOptions
 from jaxvl.secrets import public
 
 LARGEST = 2**31 - 1  # of whole numbers: what a device counts with
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run; the message names the key, the value and what would be right."""
 
 
 class TrainOptions(NamedTuple):
@@ -103,10 +99,11 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
             raise ConfigError(f"{file} holds {kind(saved)}; it must be a config, as `jaxvl train` saves it")
         config = complete(ConfigDict(saved))
     else:
-        namespace = run_file(path)
+        namespace = config_file.run(path)
         if "get_config" not in namespace:
             raise ConfigError(f"--config={path}: {file!r} defines no get_config()")
-        config = complete(namespace["get_config"](arg) if arg else namespace["get_config"]())
+        with config_file.told(path):
+            config = complete(namespace["get_config"](arg) if arg else namespace["get_config"]())
     return override(config, overrides)
 
 
@@ -179,18 +176,6 @@ def _retype(config: ConfigDict, path: list[str]) -> None:
                 section[path[-1]] = typed
 
 
-def run_file(path: str) -> dict[str, Any]:
-    """What the config file of `path` defines. Raises ConfigError for a missing file."""
-    file = path.partition(":")[0]
-    if not Path(file).is_file():
-        raise ConfigError(f"--config={path}: no file {file!r}; configs are Python files with get_config()")
-    sys.path.insert(0, str(Path(file).resolve().parent))  # a config may import the one it varies
-    try:
-        return runpy.run_path(file)
-    finally:
-        sys.path.pop(0)
-
-
 def to_json(config: ConfigDict, indent: int | None = None) -> str:
     """A config as it is kept with a run: without the credentials of its URLs."""
     return public(config.to_json_best_effort(indent=indent))
@@ -205,7 +190,9 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def complete(config: ConfigDict) -> ConfigDict:
     """`config` with every key of every section present, so that a run's saved config tells all of it."""
-    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    if not isinstance(config, (ConfigDict, dict)):
+        raise ConfigError(f"the config is {config!r}, a {type(config).__name__}; get_config() must return a ConfigDict")
+    plain = config.to_dict() if isinstance(config, ConfigDict) else config
     _known(plain, Recipe._fields, "")
     out: dict[str, Any] = {"seed": plain.get("seed", 0)}
     for name in Recipe._fields[1:]:
@@ -265,15 +252,17 @@ def _options(name: str, section: dict) -> Any:
 
 
 def _known_kind(kind: Any, kinds: dict[str, Any], name: str) -> str:
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(f"config.{name}.kind is {kind!r}; it must be one of {', '.join(kinds)}{_near(kind, kinds)}")
     return kind
 
 
 def _choice(section: dict, options: dict[str, Any], where: str, key: str) -> type:
+    if not isinstance(section, dict):
+        raise ConfigError(f"config.{where} is {section!r}; it must be a section of keys and values")
     if key not in section:
         raise ConfigError(f"config.{where}.{key} is missing; it must be one of {', '.join(options)}")
-    if section[key] not in options:
+    if not isinstance(section[key], str) or section[key] not in options:
         raise ConfigError(f"config.{where}.{key} is {section[key]!r}; it must be one of {', '.join(options)}{_near(section[key], options)}")
     return options[section[key]].options()
 

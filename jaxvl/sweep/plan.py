@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jaxvl import config as configs
+from jaxvl import config as configs, config_file
 from jaxvl.sweep.options import Choice, Integer, SweepError, SweepOptions, Uniform, read
 from jaxvl.tiny import shrink
 
@@ -40,11 +40,13 @@ class Base(NamedTuple):
 
 def load(path: str, overrides: Iterable[str] = (), *, tiny: bool = False) -> Base:
     """The sweep of a config file ("configs/x.py" or "configs/x.py:argument"). Raises ConfigError or SweepError."""
-    namespace = configs.run_file(path)
+    namespace = config_file.run(path)
     if "sweep" not in namespace:
         raise SweepError(f"--config={path}: {path.partition(':')[0]!r} defines no sweep()")
     make, arg = namespace["sweep"], path.partition(":")[2]
-    return Base(path, read(make(arg) if arg and inspect.signature(make).parameters else make()), tuple(overrides), tiny)
+    with config_file.told(path):
+        plain = make(arg) if arg and inspect.signature(make).parameters else make()
+    return Base(path, read(plain), tuple(overrides), tiny)
 
 
 def trials(base: Base) -> list[Trial]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from jaxvl import config as configs
+from jaxvl import config as configs, config_file
 from jaxvl.data import glyphs
 from jaxvl.data.augment import AugmentOptions
 from jaxvl.losses import hierarchy
@@ -223,7 +223,7 @@ def test_convolutional_recipes_warm_up_for_five_epochs_as_published():
 def test_every_hierarchy_of_a_table_has_the_groups_of_the_given_one():
     letters = {glyphs.base_name(glyph.char) for glyph in itertools.islice(glyphs.glyphs("train"), glyphs.PARTS["train"])}
     for data, groups in (("glyphs", len(letters)), ("emoji", 97)):
-        rows = configs.run_file("configs/sweeps/proxies.py")["sweep"](data)["rows"]
+        rows = config_file.run("configs/sweeps/proxies.py")["sweep"](data)["rows"]
         levels = {name: row.get("method.num_coarse") for name, row in rows.items() if row.get("method.hierarchy") != "none"}
         assert len(levels) == 5 and set(levels.values()) == {(groups,)}
         assert recipe(f"hpl_small.py:{data}").method.num_coarse == (groups,)
