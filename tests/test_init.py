@@ -129,7 +129,7 @@ def test_codebooks_start_as_rows_of_the_decoders_output(imported, tmp_path):
     )
     sections = dict(
         method=dict(name="lexvla", adapter_heads=2, width=8), text={**tower, "dtype": "float32", "vocab_size": rows + 1},
-        init=dict(text=str(tmp_path / "llama"), skip=""), optim=dict(groups=((r"^(image/|text_codebook)", 0.0),)),
+        init=dict(text=str(tmp_path / "llama"), skip=""), tokenizer=dict(lexicon="ascii_lower_len2"), optim=dict(groups=((r"^(image/|text_codebook)", 0.0),)),
     )  # fmt: skip
     whole = config(imported)
     whole.image.pooler = 0  # LexVLA reads the states of the tower
