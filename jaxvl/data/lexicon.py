@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxvl.data.lists import text_lines
+from jaxvl.data.lists import read_object, text_lines
 
 FILE = "lexicon.json"
 MARKS = ("▁", "Ġ", "##")  # in front of a piece: where a word begins (SentencePiece, byte-level BPE), where it goes on (WordPiece)
@@ -131,12 +131,13 @@ def load(folder: Path, vocabulary: Mapping[str, int], offset: int, made: Mapping
     """What `save` wrote. Raises ValueError where it is damaged, or is of another tokenizer or of other options than `made`."""
     file = folder / FILE
     try:
-        body = json.loads(file.read_text())
-        found = Lexicon(np.array(body["ids"], np.int32) + offset, tuple(body["pieces"]), body["made"])
-    except (OSError, KeyError, ValueError) as error:
+        body = read_object(file, "ids", "pieces", "made", "sha256")
+        found = Lexicon(np.array(body["ids"], np.int32) + offset, tuple(map(str, body["pieces"])), dict(body["made"]))
+        hashed = found.sha256
+    except (OSError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{file}, the list of words that this run's codebooks are of, cannot be read ({error})") from None
-    if found.sha256 != body["sha256"] or len(found.ids) != len(found.pieces):
-        raise ValueError(f"{file} has been changed: its words hash to {found.sha256[:12]}, and it was saved with {body['sha256'][:12]}")
+    if hashed != body["sha256"] or len(found.ids) != len(found.pieces):
+        raise ValueError(f"{file} has been changed: its words hash to {hashed[:12]}, and it was saved with {str(body['sha256'])[:12]}")
     for i, piece in zip(body["ids"], found.pieces, strict=True):
         if vocabulary.get(piece) != i:
             raise ValueError(

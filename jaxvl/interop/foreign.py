@@ -1,10 +1,11 @@
 """Files of models that are not what they should be, told as what they are and with what to do about it."""
 
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+from jaxvl.data import lists
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle")
 # Pickles that lie beside weights and are none.
@@ -71,9 +72,6 @@ def without_safetensors(folder: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """The object of a JSON file. Raises FileError where it is none, OSError where the file cannot be read."""
     try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FileError(told(path) or f"{path} is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise FileError(f"{path} is no JSON object but {type(found).__name__}")
-    return found
+        return lists.read_object(path)
+    except ValueError as error:
+        raise FileError(told(path) or str(error)) from None

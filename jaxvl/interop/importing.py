@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxvl import checkpoint
+from jaxvl.data import lists
 from jaxvl.interop import albef, foreign, load, tensors
 from jaxvl.interop.published import Fused, Published
 from jaxvl.models import kinds
@@ -104,15 +105,18 @@ def read(folder: str | Path) -> Origin:
     """What `run` wrote beside the parameters. Raises ValueError where the folder is none of its own."""
     file = Path(folder) / FILE
     try:
-        body = json.loads(file.read_text())
+        body = lists.read_object(file, "format")
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is no folder of `jaxvl import`: {file.name} cannot be read ({error})") from None
-    if body.get("format") != FORMAT:
-        raise ValueError(f"{file}: format {body.get('format')}, but this version of jaxvl reads format {FORMAT}; import it again")
-    m = body["model"]
-    options = {name: tower_options(name, m[name]) if m[name] else None for name in ("image", "text")}
-    fused = Fused(**m["fused"]) if m.get("fused") else None
-    return Origin(Published(**{**m, **options, "scalars": tuple(m["scalars"]), "fused": fused}), body["source"], body["prefix"])
+    if body["format"] != FORMAT:
+        raise ValueError(f"{file}: format {body['format']}, but this version of jaxvl reads format {FORMAT}; import it again")
+    try:
+        m = body["model"]
+        options = {name: tower_options(name, m[name]) if m[name] else None for name in ("image", "text")}
+        fused = Fused(**m["fused"]) if m.get("fused") else None
+        return Origin(Published(**{**m, **options, "scalars": tuple(m["scalars"]), "fused": fused}), body["source"], body["prefix"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); import {body.get('source', 'the model')} again") from None
 
 
 def tower(folder: str | Path, name: str) -> dict[str, Any]:
@@ -173,6 +177,9 @@ def _keep_tokenizer(folder: Path, target: Path) -> None:
     if not any(p.name in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model") for p in found):
         return
     target.mkdir()
+    for path in found:
+        if path.stat().st_size < 1024 and "Git LFS" in (what := foreign.told(path)):
+            raise foreign.FileError(what)
     for path in [*found, folder / "config.json"]:  # the config names the tokenizer's class where its own files do not
         if path.is_file():
             shutil.copyfile(path, target / path.name)

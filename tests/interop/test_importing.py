@@ -94,6 +94,31 @@ def test_a_folder_of_something_else(tmp_path):
         importing.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{",
+        "[" * 100_000,
+        '{"format": 1}',
+        '{"format": 1, "model": [], "source": "x"}',
+        '{"format": 1, "model": {"image": 3, "text": null}}',
+    ],
+)
+def test_a_damaged_description_is_one_sentence(text, tmp_path):
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(ValueError, match="model.json") as error:
+        importing.read(tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_pointer_is_not_kept_as_a_tokenizer(source, tmp_path):
+    (source / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:01\nsize 5\n")
+    with pytest.raises(ValueError, match="tokenizer.json is a Git LFS pointer"):
+        importing.run(str(source), tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
 def repository(folder, files):
     """A small ViT under these names of files; what is no safetensors holds nothing of use."""
     folder.mkdir(parents=True)

@@ -263,7 +263,7 @@ def test_a_file_without_a_readable_config_needs_the_model_told(tmp_path):
     model = describe(json.loads((HF / "bert" / "config.json").read_text()), tensors_of("bert"))
     equal(load(folder, model).params, load(HF / "bert").params)
     (folder / "config.json").write_text("{")
-    with pytest.raises(FileError, match="config.json is no JSON"):
+    with pytest.raises(FileError, match="config.json:1 is no JSON"):
         load(folder)
 
 

@@ -146,7 +146,7 @@ def test_what_is_missing_or_contradicts_the_index_is_named(tmp_path):
     with pytest.raises(FileError, match="model-00002-of-00002.safetensors does not exist"):
         find(tmp_path)
     for text, words in (
-        ("[]", "is no JSON object but list"),
+        ("[]", "holds a list; it must be an object"),
         ('{"weight_map": {"a": "../a.safetensors"}}', "is no index of safetensors files"),
     ):
         (tmp_path / "model.safetensors.index.json").write_text(text)
