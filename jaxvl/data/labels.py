@@ -10,6 +10,7 @@ from jaxvl.data.cache import digest
 from jaxvl.data.indexing import cores, parallel, progress
 from jaxvl.data.kept import keep, kept
 from jaxvl.data.source import Record, Source, Want
+from jaxvl.data.text import INVISIBLE
 
 FIELDS = Want(image=False, captions=False, alternates=False)
 PROCESSES_FROM = 100_000  # samples below which starting processes costs more than it saves
@@ -48,8 +49,8 @@ def _values(shared: tuple[Sequence[Source], str], job: tuple[int, int]) -> set[s
 
 
 def word(value: Any) -> str | None:
-    """A value as the name of a class; None for what names none, such as an empty text."""
-    return str(value) if isinstance(value, Integral) or (isinstance(value, str) and value.strip()) else None
+    """A value as the name of a class; None for what names none, such as a text with nothing visible."""
+    return str(value) if isinstance(value, Integral) or (isinstance(value, str) and value.translate(INVISIBLE).strip()) else None
 
 
 def _number(value: str) -> int | None:

@@ -41,7 +41,7 @@ REASONS = {
     "notimage": "the image is something else, such as a web page",
     "bomb": "decoding the image would take more than data.max_pixels, or more than 512 MiB",
     "tiny": "the image is smaller than data.min_side",
-    "unlabelled": "the field that data.label names is missing",
+    "unlabelled": "the field that data.label names is missing, or has nothing visible",
     "unidentified": "the field that data.id names is missing",
     "missing": "a triplet names an image that no shard has",
     "unended": "the shard has no end mark: it may have been cut between two members",

@@ -15,7 +15,7 @@ from jaxvl.data.indexing import ensure_indexes, index_path, mend
 from jaxvl.data.reasons import NOTES
 from jaxvl.data.source import Bad, Place, Record, Source, Want
 from jaxvl.data.tarindex import DamagedIndex, Index, Summary, load_index
-from jaxvl.data.text import LONGEST, Cleaning, Uncaptioned, clean_caption
+from jaxvl.data.text import INVISIBLE, LONGEST, Cleaning, Uncaptioned, clean_caption
 
 OPEN_SHARDS = 64  # of a process; a few groups of the order
 
@@ -149,7 +149,7 @@ def _record(files: TarFiles, shard: int, row: int, want: Want) -> Record | Bad:
         meta = _fields(member(json_at, json_size))
     if cls_at and want.fields:
         with contextlib.suppress(UnicodeDecodeError):  # what cannot be read names no class
-            meta["cls"] = member(cls_at, cls_size).decode().strip()
+            meta["cls"] = " ".join(member(cls_at, cls_size).decode().translate(INVISIBLE).split())
     try:
         main = [clean_caption(member(text_at, min(text_size, LONGEST)), files.cleaning)] if want.captions and not files.field else []
     except Uncaptioned as error:

@@ -4,7 +4,7 @@ import collections
 import hashlib
 import json as jsonlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,9 +102,9 @@ def stats(paths: Sequence[str], json: bool = False, indexes: str = "", cache: st
     }
     report |= _describe(rows, any(one.label for one in opened)) if rows else {}
     if json:
-        tell(jsonlib.dumps(report | {"contents": _told(opened)}))
+        tell(jsonlib.dumps(report | {"contents": _told(opened, REASONS)}))
     else:
-        for sentence in _told(opened):
+        for sentence in _told(opened, REASONS):
             tell(sentence)
         _print_stats(report)
     return 0 if good else 1
@@ -281,10 +281,10 @@ def _open(paths: Sequence[str], indexes: str, cache: str, caption_field: str, la
     return [open_contents(path, place, caption_field, label) for path in paths]
 
 
-def _told(opened: Sequence[Contents]) -> list[str]:
-    """What was taken to be in the sets, and how their parts were put together."""
-    joined = [one.source._replace(faults=tuple(f for f in one.source.faults if f[0] in NOTES)) for one in opened]
-    return [*(one.told for one in opened if one.told), *fault_notes(joined)]
+def _told(opened: Sequence[Contents], words: Collection[str] = NOTES) -> list[str]:
+    """What was taken to be in the sets, and what is true of whole shards, as far as `words` tell it."""
+    sources = [one.source._replace(faults=tuple(f for f in one.source.faults if f[0] in words)) for one in opened]
+    return [*(one.told for one in opened if one.told), *fault_notes(sources)]
 
 
 def open_sources(paths: Sequence[str], indexes: str, cache: str, rebuild: bool = False) -> list[Source]:

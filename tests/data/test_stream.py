@@ -278,6 +278,24 @@ def test_images_without_captions_and_number_labels(tmp_path: Path) -> None:
         open_data(options(str(tmp_path / "x.tar"), tmp_path, captions="none", label="species"))
 
 
+@pytest.mark.parametrize("nothing", [b"", b" \n", b"\0\0", b"\xef\xbb\xbf\n", "\u200b\u3000".encode(), b"caf\xe9"])
+def test_a_label_with_nothing_to_read_is_no_class(tmp_path: Path, nothing: bytes) -> None:
+    """In KEY.cls and in a field, where all classes are taken and where labels are words."""
+    labels = [b"cat", b"dog\n", nothing, b"\xef\xbb\xbfcat"]
+    entries = [m for n, label in enumerate(labels) for m in ((f"{n}.png", picture(n)), (f"{n}.cls", label))]
+    entries += [
+        (f"{n}.json", json.dumps({"kind": label.decode("utf-8-sig", "ignore").strip() if n != 2 else " \ufeff"}).encode())
+        for n, label in enumerate(labels)
+    ]
+    (tmp_path / "x.tar").write_bytes(tar_bytes(entries))
+    for field in ("cls", "kind"):
+        every = open_data(options(str(tmp_path / "x.tar"), tmp_path, captions="none", label=field, classes="all", max_bad_rate=0.5))
+        assert every.classes == ("cat", "dog") and len(every) == 3 and [b.reason for b in every.bad] == ["unlabelled"]
+        words = open_data(options(str(tmp_path / "x.tar"), tmp_path, captions="none", label=field))
+        (batch,) = eval_batches(words, None, batch_size=4)
+        assert words.classes == ("cat", "dog") and [(b.key, b.reason) for b in batch.bad] == [("2", "unlabelled")]
+
+
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_evaluation_has_every_good_sample_once_in_order(broken: str, tmp_path: Path, hosts: int) -> None:
     dataset, edges = open_data(options(broken, tmp_path, label="class")), [8 * h // hosts for h in range(hosts + 1)]

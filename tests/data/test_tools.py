@@ -79,6 +79,7 @@ def test_nothing_usable_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert tools.index([str(tmp_path / "x.tar")], cache=str(tmp_path / "cache")) == 1
     assert "1 empty" in capsys.readouterr().out
     assert tools.stats([str(tmp_path / "x.tar")], cache=str(tmp_path / "cache")) == 1
+    assert "1 of 1 shards: the image, or the shard, holds nothing" in capsys.readouterr().out
 
 
 def test_stats(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
