@@ -19,6 +19,7 @@ TEXT = 1 << 20  # bytes of a text chunk that are searched for an orientation
 TABLES = 1 << 20  # bytes of TIFF tags, of which Pillow makes Python numbers
 EXIF_TEXT, XMP_TEXT = b"Raw profile type exif", b"XML:com.adobe.xmp"  # keys of PNG text chunks
 
+COMMENT = re.compile(rb"#[^\r\n]*[\r\n]?")
 TOKEN = re.compile(rb"(?:\s|#[^\r\n]*[\r\n])*+(\d{1,9})(?=\s)")  # the next number of a PPM, past spaces and comments
 
 # How the pixels of a TIFF are stored: sizes, compression and its options, samples, places of strips and tiles, colours.
@@ -174,6 +175,8 @@ def _ico(image: bytes) -> Bare:
     if len(picture) < 16:
         raise Undecodable("truncated", "its picture lies beyond the file")
     width, height = struct.unpack_from("<ll", picture, 4)
+    if picture[16:20] in (b"\1\0\0\0", b"\2\0\0\0"):
+        raise Undecodable("corrupt", "its picture is a bitmap in run lengths, which icons cannot have")
     single = struct.pack("<HHH", 0, 1, 1) + entry[:12] + struct.pack("<L", 22) + picture
     return Bare(single, "ICO", 1, (abs(width), abs(height) // 2))
 
@@ -248,7 +251,7 @@ def _avif(image: bytes) -> Bare:
 
 
 def _ppm(image: bytes) -> Bare:
-    """The numbers in front of the pixels without the comments between them, which Pillow reads a byte at a time."""
+    """The numbers without the comments between them, which Pillow reads a byte at a time, or copies all that follows for each."""
     at, numbers = 2, [image[:2]]
     while len(numbers) < (3 if image[:2] in (b"P1", b"P4") else 4):
         found = TOKEN.match(image, at)
@@ -257,7 +260,8 @@ def _ppm(image: bytes) -> Bare:
         numbers.append(found[1])
         at = found.end()
     width, height = int(numbers[1]), int(numbers[2])
-    return Bare(b"\n".join(numbers) + image[at:], "PPM", 1, (width, height))
+    pixels = COMMENT.sub(b"", image[at:]) if image[:2] in (b"P1", b"P2", b"P3") else image[at:]
+    return Bare(b"\n".join(numbers) + pixels, "PPM", 1, (width, height))
 
 
 READERS = {"PNG": _png, "GIF": _gif, "WEBP": _webp, "ICO": _ico, "TIFF": _tiff, "JPEG2000": _jpeg2000, "AVIF": _avif, "PPM": _ppm}

@@ -273,6 +273,7 @@ MANY = 1 << 19
         pytest.param(lambda: b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0" + b"\xff" * 8 + bytes(20) * MANY, id="tags"),
         pytest.param(lambda: b" " * MANY * 8, id="spaces"),
         pytest.param(lambda: b"P6" + b"#\n" * MANY + b"8 8 255 ", id="comments"),
+        pytest.param(lambda: b"P3\n800 800 255\n" + b"#\n" * MANY + b"7 ", id="comments among pixels"),
     ],
 )
 def test_no_structure_takes_long(data):
@@ -297,6 +298,8 @@ def test_comments_of_any_length_stand_in_a_ppm():
         begin = time.process_time()
         assert (decode_full(head + rows, OPTIONS) == np.asarray(photo(8, 8))).all()
         assert time.process_time() - begin < 0.5
+    plain = b" ".join(b"%d #c\n" % level for level in rows)
+    assert (decode_full(b"P3 8 8 255\n" + plain, OPTIONS) == np.asarray(photo(8, 8))).all()
     assert refused(b"P6\n8 8\n#" + b"x" * 99) == refused(b"P5 a b c") == "corrupt"
 
 
