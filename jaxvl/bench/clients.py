@@ -45,7 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 NAMED = (
     ("orientation", r"^Image\.open"),
     ("RGBA|alpha|transparent", "^path|pipeline"),
-    ("BMP|TIFF", "^path, torchvision"),
+    ("BMP|TIFF|WebP, EXIF", "^path, torchvision"),
     ("16 bits", ""),
     ("special token", ""),
     ("longer than the context", "AutoTokenizer, padding=True|pipeline"),

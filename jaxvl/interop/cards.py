@@ -7,6 +7,7 @@ import jax
 
 from jaxvl.data.dataset import Style
 from jaxvl.data.text import Cleaning
+from jaxvl.secrets import public
 
 PIPELINE = 64  # tokens to which transformers' zero-shot pipeline pads the labels of a SiglipModel
 FIT = {"crop": "its largest centred square of whole pixels", "squash": "the whole of it, its shape given up"}
@@ -58,7 +59,7 @@ def transformers(model: Any, architecture: str) -> str:
         _WHOLE.format(length=length, pipeline=pads, pads=PIPELINE) if siglip else _LONG.format(length=length),
     ]
     return _CARD.format(
-        architecture=architecture, method=recipe.method.name, step=model.step, batch=recipe.train.batch_size, source=recipe.data.source, start=start,
+        architecture=architecture, method=recipe.method.name, step=model.step, batch=recipe.train.batch_size, source=public(str(recipe.data.source)), start=start,
         pad='"max_length"' if siglip else "True", size=recipe.data.image_size, length=length, preparation=_preparation(model), limits=_lines(limits), captions=_in_prompt(model),
         count=f"{sum(x.size for x in jax.tree.leaves(model.params)):,}",
     )  # fmt: skip
@@ -122,7 +123,7 @@ _DEEP = "Pillow clips 16 bits a pixel where they should be scaled to 8 (up to 0.
 _SPECIAL = "The text of a special token in a caption, such as `<eos>`, may be read in another way (up to 0.8)."
 _OPENED = (
     "Given a path instead of an opened picture, and in the zero-shot pipeline always, transparency is dropped and not put on white (up to 0.7); "
-    "the torchvision processor reads no BMP or TIFF from a path."
+    "from a path the torchvision processor turns only JPEG and PNG upright, and reads no BMP, TIFF, AVIF or JPEG 2000."
 )
 _LONG = "A caption longer than {length} tokens is refused where truncation is not asked for; the zero-shot pipeline never asks."
 _WHOLE = (

@@ -27,6 +27,7 @@ from jaxvl.methods import METHODS
 from jaxvl.models import lora, text as texts, vit as vits
 from jaxvl.optim import frozen
 from jaxvl.progress import say
+from jaxvl.secrets import public_tree
 from jaxvl.terminal import tell
 
 FACES = ("image", "text")
@@ -137,7 +138,7 @@ def _hf(model: Model, folder: Path) -> dict[str, float]:
 def _safetensors(model: Model, folder: Path) -> dict[str, float]:
     _write_params(model, folder)
     model.tokenizer.save(folder / "tokenizer")
-    config = _sections(model.recipe)
+    config = public_tree(_sections(model.recipe))
     _json(folder / "config.json", {"format": "jaxvl", "step": model.step, "config": config, exported.KEY: exported.sealed(config, folder)})
     params = flax.traverse_util.unflatten_dict({k: tensors.read(v) for k, v in tensors.find(folder).items()}, sep="/")
     return {"safetensors": _of_plain(model, params)}

@@ -107,6 +107,16 @@ def test_adapters_are_merged(tokenizer, tmp_path):
     np.testing.assert_array_equal(tensors.read(stored["text/blocks/attn/out/kernel"]), np.asarray(want))
 
 
+@pytest.mark.parametrize("kind, name", [("hf", "README.md"), ("safetensors", "config.json")])
+def test_secrets_of_a_source_are_not_exported(kind, name, tokenizer, tmp_path):
+    parts, found = made(tokenizer, **CLIP)
+    source = "https://me:word@store.example/a.tar?sig=abc"
+    recipe = parts.recipe._replace(data=parts.recipe.data._replace(source=source))
+    export.run(parts._replace(recipe=recipe), found, kind, tmp_path / "out")
+    said = (tmp_path / "out" / name).read_text()
+    assert "https://store.example/a.tar" in said and "word@" not in said and "abc" not in said
+
+
 @pytest.mark.skipif(importlib.util.find_spec("flatbuffers") is None, reason="flatbuffers is not installed: pip install '.[stablehlo]'")
 def test_stablehlo_runs_at_any_batch_size(tokenizer, tmp_path):
     parts, found = made(tokenizer, **CLIP)
