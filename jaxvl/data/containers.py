@@ -27,7 +27,18 @@ STORED = {
     256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 332, 336, 338, 339, 347,
     512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532, 50674,
 }  # fmt: skip
-WIDTH, HEIGHT, BITS, STRIP_ROWS, SAMPLES, PLANES, TILE_WIDTH, TILE_HEIGHT, XMP = 256, 257, 258, 278, 277, 284, 322, 323, 700
+WIDTH, HEIGHT, BITS, COMPRESSION, STRIP_ROWS, SAMPLES, PLANES, TILE_WIDTH, TILE_HEIGHT, XMP = (
+    256,
+    257,
+    258,
+    259,
+    278,
+    277,
+    284,
+    322,
+    323,
+    700,
+)
 
 
 class Bare(NamedTuple):
@@ -200,7 +211,8 @@ def _tiff(image: bytes) -> Bare:
         if TILE_WIDTH in found or TILE_HEIGHT in found
         else width * min(number(STRIP_ROWS, height), height)
     )
-    extra = piece * max(4, (1 if number(PLANES, 1) == 2 else samples) * number(BITS, 1) // 8)
+    deep = max(4, (1 if number(PLANES, 1) == 2 else samples) * number(BITS, 1) // 8)
+    extra = piece * deep if number(COMPRESSION, 1) > 1 else 0  # what is not compressed is read as it lies
     # The directory goes where the old one was: behind the file it would stand in for pixels that are cut off.
     table = struct.pack(order + ("Q" if big else "H"), len(kept)) + b"".join(e.raw for e in kept.values()) + bytes(8 if big else 4)
     clean = image[:start] + table + image[start + len(table) :]

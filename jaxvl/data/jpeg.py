@@ -36,7 +36,7 @@ class Jpeg(NamedTuple):
     """width, height: pixels, 0 where no frame is told. blocks: of each component, 8 x 8 samples, by its id. exif, xmp: as stored.
 
     buffered: the coefficients of the whole image are held while it is decoded, since it has several scans. progressive: whether
-    later scans refine earlier ones. scans: where the coded data of the first begin.
+    later scans refine earlier ones.
     """
 
     width: int
@@ -46,7 +46,6 @@ class Jpeg(NamedTuple):
     xmp: bytes
     buffered: bool
     progressive: bool
-    scans: int
 
 
 def segments(image: bytes) -> Iterator[Segment]:
@@ -87,7 +86,7 @@ def look(image: bytes) -> Jpeg:
     blocks: dict[int, int] = {}
     exif = xmp = b""
     progressive = False
-    for marker, start, body in segments(image):
+    for marker, _, body in segments(image):
         if marker in FRAMES and len(body) >= 6 and not width:
             progressive = marker in PROGRESSIVE
             height, width, number = struct.unpack_from(">HHB", body, 1)
@@ -101,8 +100,8 @@ def look(image: bytes) -> Jpeg:
             xmp = body[len(XMP) :]
         elif marker == SOS:
             several = progressive or body[:1] != bytes([len(blocks)])
-            return Jpeg(width, height, blocks, exif, xmp, several, progressive, start + 4 + len(body))
-    return Jpeg(width, height, blocks, exif, xmp, progressive, progressive, len(image))
+            return Jpeg(width, height, blocks, exif, xmp, several, progressive)
+    return Jpeg(width, height, blocks, exif, xmp, progressive, progressive)
 
 
 def scans(image: bytes) -> Iterator[tuple[list[int], int, int, int]]:

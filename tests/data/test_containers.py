@@ -11,7 +11,7 @@ import simplejpeg
 from odd_images import chunk, encode, exif, ico, photo, png, samsung, scans, segment, tiff, with_chunks, xmp
 from PIL import Image, ImageOps
 
-from jaxvl.data import decode, formats, jpeg, pixels
+from jaxvl.data import decode, formats, pixels
 from jaxvl.data.avif import coded
 from jaxvl.data.decode import DecodeOptions, Undecodable, decode_eval, decode_full, probe
 from jaxvl.data.formats import UNREAD
@@ -144,7 +144,7 @@ def test_a_whole_jpeg_without_its_end_mark_is_used_and_noticed(kind):
 def test_a_cut_jpeg_is_refused_whatever_follows(kind):
     body = JPEGS[kind][:-2]
     start = body.rindex(b"\xff\xda") + 16
-    for cut in (*np.linspace(start, len(body) - 12, 12).astype(int), jpeg.look(body).scans + 3):
+    for cut in (*np.linspace(start, len(body) - 12, 12).astype(int), body.index(b"\xff\xda") + 20):
         for behind in (b"", bytes(5000), samsung(), JPEGS["baseline"], bytes(5000) + b"\xff\xd9"):
             assert refused(body[:cut].rstrip(b"\0\xff") + behind) in ("truncated", "corrupt"), (cut, behind[:4])
 
