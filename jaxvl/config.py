@@ -272,7 +272,13 @@ def _filled(section: dict, kind: Any, where: str, *extra: str) -> dict:
     missing = [f for f in kind._fields if f not in section and f not in kind._field_defaults]
     if missing:
         raise ConfigError(f"config.{where} lacks {', '.join(missing)}")
-    return {k: section[k] for k in extra} | {f: section.get(f, kind._field_defaults.get(f)) for f in kind._fields if f not in extra}
+    values = {f: section.get(f, kind._field_defaults.get(f)) for f in kind._fields if f not in extra}
+    return {k: section[k] for k in extra} | {f: _tuples(v) for f, v in values.items()}
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, which are what JSON makes of tuples, as tuples: the command line can replace those alone."""
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _known(section: dict, fields: Iterable[str], where: str) -> None:

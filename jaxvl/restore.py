@@ -112,7 +112,7 @@ def _restore(folder: Path, abstract: Any, step: int | None, prefix: str) -> Rest
             f"{folder}: checkpoint step {found.step} has no {prefix}...; was the run's moving average off (config.optim.ema_decay=0)?"
         )
     _same_leaves(saved, {k: array_type(v) for k, v in wanted.items()}, f"{folder}: checkpoint step {found.step}")
-    arrays = read_leaves(folder, found.step, wanted)
+    arrays = read_leaves(folder, found.step, wanted) if wanted else {}
     return Restored(found.step, jax.tree.unflatten(jax.tree.structure(abstract), [arrays[k] for k in wanted]), found.meta)
 
 

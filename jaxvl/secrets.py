@@ -3,10 +3,13 @@
 import re
 from typing import Any
 
-_URL = re.compile(r"""([a-zA-Z][a-zA-Z0-9+.-]*://)([^\s/?#'"<>|]*@)?([^\s?'"<>|]*)(\?[^\s'"<>|]*)?""")
+# A password may hold a slash, as those of AWS do; behind a host's port there is none. In JSON a quote within a text comes with a backslash.
+_URL = re.compile(
+    r"""([a-zA-Z][a-zA-Z0-9+.-]*://)([^\s/?#'"<>|]*@|[^\s/?#:@'"<>|]*:(?!\d*/)[^\s'"<>|@]*@)?([^\s?'"<>|]*)(\?(?:\\[^\s'"]|[^\s'"<>|\\])*)?"""
+)
 # Parameters of signed URLs: of AWS and Google (X-Amz-*, X-Goog-*, AWSAccessKeyId), of Azure's shared access signatures, and plain words.
 _SECRET = re.compile(
-    r"x-(amz|goog|oss|cos|ms)-.*|.*(signature|token|secret|password|passwd|credential|api_?key|access_?key(id)?|auth).*|sig|key|pwd|policy|key-pair-id"
+    r"x-(amz|goog|oss|cos|ms)-.*|.*(signature|token|secret|password|passwd|credential|api_?key|access_?key(id)?|auth).*|sig|key|pwd|jwt|hmac|bearer|rlkey|resourcekey|policy|key-pair-id"
     r"|s[vstrepi]|srt|spr|skoid|sktid|skt|ske|sks|skv|googleaccessid|expires",
     re.IGNORECASE,
 )

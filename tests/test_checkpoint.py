@@ -20,7 +20,7 @@ from hypothesis import given, settings, strategies as st
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxvl import checkpoint, manifest
-from jaxvl.checkpoint import CheckpointOptions, SaveError, best_step, open_saver, restore, restore_params, verified
+from jaxvl.checkpoint import CheckpointOptions, SaveError, best_step, open_saver, restore, restore_memory, restore_params, verified
 from jaxvl.manifest import DamagedError, LockedError, whole_steps
 from jaxvl.mesh import MeshOptions, make_mesh
 
@@ -94,6 +94,12 @@ def test_round_trip(tmp_path):
     written = json.loads((tmp_path / "00000003" / "manifest.json").read_text())
     assert written["metrics"] == {"val/r@1": 0.5, "loss": None}
     assert set(written["files"]) == {str(p.relative_to(tmp_path / "00000003")) for p in files_of(tmp_path / "00000003")} - {"manifest.json"}
+
+
+def test_a_method_that_remembers_nothing_has_that_to_restore(tmp_path):
+    with open_saver(tmp_path, CheckpointOptions()) as saver:
+        saver.save(3, {"params": {"w": np.zeros(2)}}, {}, block=True)
+    assert restore_memory(tmp_path, {}).state == {}
 
 
 def test_donation_right_after_save(tmp_path):

@@ -83,6 +83,18 @@ def test_what_may_be_one_or_many_is_either_on_the_command_line(override, field, 
     assert getattr(configs.read(configs.load(QUICK, [override])).data, field) == value
 
 
+def test_tuples_of_a_saved_config_can_be_overridden(tmp_path):
+    """JSON makes lists of them, and the command line replaces tuples."""
+    file = tmp_path / "config.json"
+    file.write_text(configs.to_json(configs.load(QUICK)))
+    config = configs.load(str(file), ["evals.val.ks=(1,2)", "augment.std=(1,1,1)", "optim.groups=(('^image/',0.1),)"])
+    assert configs.read(config).evals["val"].ks == (1, 2) and config.optim.groups == (("^image/", 0.1),)
+    assert (
+        configs.read(configs.load(str(file), ["method.name=siglip"])).method
+        == configs.read(configs.load(QUICK, ["method.name=siglip"])).method
+    )
+
+
 def test_a_loaded_config_is_complete_and_survives_json(tmp_path):
     config = configs.load(QUICK)
     assert config.optim.b2 == 0.98 and config.mesh.fsdp == 1 and config.evals.val.ks == (1, 5, 10)

@@ -1,5 +1,7 @@
 """Passwords and signatures in URLs are used and neither kept nor printed."""
 
+import json
+
 import fsspec
 import pytest
 from running import metrics
@@ -24,10 +26,22 @@ QUICK = "configs/clip_quickstart.py"
     ("glyphs://train?size=60&seed=3", "glyphs://train?size=60&seed=3"),
     ("s3://bucket/mail@host/a.tar", "s3://bucket/mail@host/a.tar"),
     ("/local/a@b.tar?sig=1", "/local/a@b.tar?sig=1"),
+    ("s3://AKIA1:wJal/K7+x@bucket/a.tar", "s3://bucket/a.tar"),
+    ("http://host:8080/mail@host/a.tar", "http://host:8080/mail@host/a.tar"),
+    ("https://host/a.tar?rlkey=3&v=2", "https://host/a.tar?v=2"),
 ])  # fmt: skip
 def test_urls_as_they_may_be_shown(text, shown):
     assert public(text) == shown
     assert public_tree({"source": (text, 3), "n": None}) == {"source": (shown, 3), "n": None}
+
+
+@pytest.mark.parametrize(
+    "text", ['a "https://host/a?v=1&token=x"', 'https://host/?token=x"y', "https://host/?token=x\\", "https://host/?token=\n"]
+)
+def test_printed_json_stays_json(text):
+    """A quote, a backslash or a line feed behind a signature is part of the text, not of JSON."""
+    shown, one = json.loads(public(json.dumps([text, 1])))
+    assert one == 1 and "host/" in shown and "token" not in shown
 
 
 SECRET = "s3cr3t"

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from jaxvl.data import siblings
 from jaxvl.data.indexing import progress
 from jaxvl.data.lists import read_json, rows, text_lines
+from jaxvl.new_files import new_files
 
 ZAP = ("Category", "SubCategory", "HeelHeight", "Insole", "Closure", "Gender", "Material", "ToeStyle")
 ZAP_TRAIN = 0.8  # of the products
@@ -43,6 +44,8 @@ def make_set(what: str, folder: Path, out: Path, part: str, per_shard: int) -> t
     """
     import webdataset
 
+    if per_shard < 1:
+        raise ValueError(f"{per_shard} samples a shard are too few; it must be at least 1")
     try:
         found = SETS[what](folder, part)
     except OSError as error:
@@ -55,27 +58,21 @@ def make_set(what: str, folder: Path, out: Path, part: str, per_shard: int) -> t
         raise ValueError(
             f"{what}: none of the {len(found.items)} images of part {part!r} is in {folder}, for one {found.items[0].file if found.items else 'of none'}"
         )
-    out.mkdir(parents=True, exist_ok=True)
     if any(out.glob(f"{part}-*.tar")):
         raise FileExistsError(f"{out} holds shards of {part!r} already; choose an empty folder")
     shards = [out / f"{part}-{number:05d}.tar" for number in range(-(-len(there) // per_shard))]
-    for number, shard in enumerate(shards):
-        partial = shard.with_suffix(".partial")
-        with webdataset.TarWriter(str(partial), encoder=False, mtime=0.0) as writer:
-            for item in progress(iter(there[number * per_shard : (number + 1) * per_shard]), per_shard, f"writing {shard.name}"):
-                text = {"txt": item.text.encode()} if item.text else {}
-                writer.write(
-                    {
-                        "__key__": item.key,
-                        "jpg": item.file.read_bytes(),
-                        **text,
-                        "json": json.dumps(item.fields, ensure_ascii=False).encode(),
-                    }
-                )
-        partial.rename(shard)
-    if found.triplets:
-        (out / f"{part}-triplets.jsonl").write_text("".join(json.dumps(t, ensure_ascii=False) + "\n" for t in found.triplets))
-    (out / f"{part}-missing.txt").write_text("".join(f"{key}\n" for key in missing))
+    partial, triplets, lost = (out / f"{part}-{name}" for name in ("shard.partial", "triplets.jsonl", "missing.txt"))
+    with new_files(out, [*shards, partial, triplets, lost]):
+        for number, shard in enumerate(shards):
+            with webdataset.TarWriter(str(partial), encoder=False, mtime=0.0) as writer:
+                for item in progress(iter(there[number * per_shard : (number + 1) * per_shard]), per_shard, f"writing {shard.name}"):
+                    text = {"txt": item.text.encode()} if item.text else {}
+                    fields = json.dumps(item.fields, ensure_ascii=False).encode()
+                    writer.write({"__key__": item.key, "jpg": item.file.read_bytes(), **text, "json": fields})
+            partial.rename(shard)
+        if found.triplets:
+            triplets.write_text("".join(json.dumps(t, ensure_ascii=False) + "\n" for t in found.triplets))
+        lost.write_text("".join(f"{key}\n" for key in missing))
     return shards, missing
 
 

@@ -14,6 +14,7 @@ from jaxvl.data.indexing import progress
 from jaxvl.data.lists import column, find, read_object, rows
 from jaxvl.data.targroup import EXTENSIONS, IMAGES
 from jaxvl.data.text import Uncaptioned, clean_caption
+from jaxvl.new_files import new_files
 from jaxvl.progress import say
 
 LISTS = (
@@ -97,18 +98,10 @@ def check(out: Path, per_shard: int) -> None:
 def write_shards(out: Path, samples: Iterable[dict[str, bytes]], total: int, per_shard: int) -> list[Path]:
     """Write `total` samples {extension: bytes} into out/00000.tar ... under keys that count from 0; where one cannot be read, none is left."""
     written = iter(progress(samples, total, "writing shards"))
-    new = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
     shards = [out / f"{number:05d}.tar" for number in range(-(-total // per_shard))]
-    try:
+    with new_files(out, shards):
         for number, shard in enumerate(shards):
             _write(shard, number * per_shard, itertools.islice(written, per_shard))
-    except BaseException:
-        for shard in shards:
-            shard.unlink(missing_ok=True)
-        for folder in new:
-            folder.rmdir()
-        raise
     return shards
 
 

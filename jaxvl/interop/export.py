@@ -10,7 +10,6 @@ peft         the adapters of a run with LoRA, for the published models it starte
 
 import importlib.util
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from jaxvl.interop.vocabulary import Given, write_tokenizer
 from jaxvl.mesh import path_str
 from jaxvl.methods import METHODS
 from jaxvl.models import lora, text as texts, vit as vits
+from jaxvl.new_files import new_folder
 from jaxvl.optim import frozen
 from jaxvl.progress import say
 from jaxvl.secrets import public_tree
@@ -60,13 +60,8 @@ def run(parts: Any, found: Any, kind: str, out: Path, memory: Any = None) -> int
     Prints the largest difference between embeddings of the exported model and of ours on random input. `out` appears when it
     is whole and within tolerance; raises ValueError where it is not, or where the run cannot be written in this format.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists; choose another --out or delete it")
-    model = _model(parts, found)._replace(memory=memory)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out) as partial:
+        model = _model(parts, found)._replace(memory=memory)
         with jax.default_matmul_precision("highest"):
             measured = WRITERS[kind](model, partial)
             for reader, difference in measured.items():
@@ -76,8 +71,6 @@ def run(parts: Any, found: Any, kind: str, out: Path, memory: Any = None) -> int
                 f"the exported model differs from ours by more than {TOLERANCE[model.dtype]:.0e}: {measured}; nothing is written"
             )
         partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     tell(str(out))
     return 0
 

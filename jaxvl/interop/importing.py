@@ -21,6 +21,7 @@ from jaxvl.data import lists
 from jaxvl.interop import albef, foreign, load, tensors
 from jaxvl.interop.published import Fused, Published
 from jaxvl.models import kinds
+from jaxvl.new_files import new_folder
 from jaxvl.progress import say
 from jaxvl.terminal import tell
 
@@ -68,9 +69,7 @@ def run(source: str, out: Path, *, dtype: str = "", heads: int = 0) -> int:
         raise ValueError(f"--heads is for checkpoints of ALBEF and TCL, which do not tell it; {source} is none")
     found = load.load(files, dtype=dtype, heads=heads)
     params, memory = albef.split(found.params) if found.model.fused else (found.params, {})
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(out) as partial:
         with checkpoint.open_saver(partial / "checkpoints", checkpoint.CheckpointOptions()) as saver:
             saver.save(0, {"params": params, **({"memory": memory} if memory else {})}, {"source": source}, block=True)
         (partial / "checkpoints" / "LOCK").unlink()
@@ -78,8 +77,6 @@ def run(source: str, out: Path, *, dtype: str = "", heads: int = 0) -> int:
         (partial / FILE).write_text(json.dumps(body, indent=1) + "\n")
         _keep_tokenizer(files if files.is_dir() else files.parent, partial / "tokenizer")
         partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     leaves = jax.tree.leaves(found.params)
     size, peak = (
         sum(x.nbytes for x in leaves),

@@ -7,13 +7,13 @@ opensearch  mapping.json creates the index, bulk.jsonl goes to _bulk; words are 
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from jaxvl.new_files import new_folder
 from jaxvl.progress import progress
 from jaxvl.search.backends import vectors
 from jaxvl.search.store import Index, open_index
@@ -27,20 +27,13 @@ FIELD = "words"
 def main(folder: Path, kind: str, out: Path, scale: int) -> int:
     """Write the index in `folder` as `kind` into the new folder `out`, which appears when it is whole. Raises ValueError and FileExistsError."""
     index = open_index(folder)
-    if out.exists():
-        raise FileExistsError(f"{out} exists; choose another --out or delete it")
     if scale < 1:
         raise ValueError(f"--scale is {scale}; weights are multiplied by it and rounded, so it must be at least 1")
     if kind == "anserini" and not index.lexical:
         raise ValueError(f"anserini indexes words, and the vectors of {folder} are dense; qdrant and opensearch take them")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out) as partial:
         LAYOUTS[kind](index, partial, scale)
         partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     tell(str(out))
     return 0
 

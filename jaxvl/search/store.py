@@ -4,9 +4,8 @@ It is written beside its place and renamed when every byte is on disk and hashed
 index or damaged, and damage is told by file.
 """
 
-import shutil
+import contextlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from jaxvl import manifest
 from jaxvl.manifest import DamagedError
+from jaxvl.new_files import new_folder
 
 NAMES = "names"  # the items' names, UTF-8 one after another; "names.ends" has where each ends
 
@@ -81,23 +81,14 @@ class Draft:
         return {name: f"{dtype.name}[{','.join(map(str, shape))}]" for name, (dtype, shape) in self._known.items()}
 
 
-@contextmanager
+@contextlib.contextmanager
 def drafting(out: Path) -> Iterator[Draft]:
     """A draft of the index `out`, which `finish` makes whole; whatever ends the block before leaves nothing behind.
 
     Raises FileExistsError where `out` is taken.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists; choose another --index or delete it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    draft = Draft(partial)
-    try:
+    with new_folder(out, "--index") as partial, contextlib.closing(Draft(partial)) as draft:
         yield draft
-    finally:
-        draft.close()
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def finish(draft: Draft, out: Path, step: int, meta: Mapping[str, Any], measured: Mapping[str, float | None]) -> Index:

@@ -42,9 +42,23 @@ class Record(NamedTuple):
 
 def keep_options(folder: Path, options: SweepOptions, names: Sequence[str] | None) -> None:
     """Write sweep.json: what the table of results needs to know. names: of the trials in order, None where a study makes them as it goes."""
+    write_atomic(folder / "sweep.json", _options_text(options, names))
+
+
+def _options_text(options: SweepOptions, names: Sequence[str] | None) -> str:
     body = options._asdict() | {"space": {k: [type(d).__name__, *d] for k, d in options.space.items()}}
-    text = json.dumps({"options": body, "trials": names}, indent=1, default=str)
-    write_atomic(folder / "sweep.json", _without_credentials(text, "sweep()"))
+    return _without_credentials(json.dumps({"options": body, "trials": names}, indent=1, default=str), "sweep()")
+
+
+def check_credentials(options: SweepOptions, trials: Sequence[Trial]) -> None:
+    """Raises SweepError where a sweep of these trials would have to keep credentials; before there is a folder for it."""
+    _options_text(options, None)
+    for trial in trials:
+        _config_text(trial)
+
+
+def _config_text(trial: Trial) -> str:
+    return _without_credentials(trial.config.to_json_best_effort(indent=2), trial.name)
 
 
 def _without_credentials(text: str, name: str) -> str:
@@ -87,7 +101,18 @@ def write_record(folder: Path, record: Record) -> None:
 
 
 def prepare(folder: Path, trial: Trial, *, retry: bool) -> Record:
-    """The record of a trial that may have begun; its folder and config.json are made where it has not.
+    """The `begun` record of a trial, kept; its folder and config.json are made where it has not begun."""
+    record, kept = begun(folder, trial, retry=retry), _config_text(trial)
+    own = folder / trial.name
+    own.mkdir(exist_ok=True)
+    if record.status not in OVER:
+        write_atomic(own / "config.json", kept)
+    write_record(folder, record)
+    return record
+
+
+def begun(folder: Path, trial: Trial, *, retry: bool) -> Record:
+    """The record of a trial that may have begun; changes nothing.
 
     retry: a failed trial is run again. Raises SweepError where the folder holds a run of another config.
     """
@@ -102,11 +127,6 @@ def prepare(folder: Path, trial: Trial, *, retry: bool) -> Record:
         raise SweepError(f"{own} exists and is no trial of a sweep; use another --workdir")
     if record.status == "running" or (record.status == "failed" and retry):
         record = record._replace(status="stopped")
-    kept = _without_credentials(trial.config.to_json_best_effort(indent=2), trial.name)
-    own.mkdir(exist_ok=True)
-    if record.status not in OVER:
-        write_atomic(own / "config.json", kept)
-    write_record(folder, record)
     return record
 
 
@@ -164,6 +184,8 @@ def _same(own: Path, trial: Trial) -> None:
         plain = json.loads((own / "config.json").read_text())
     except (OSError, ValueError):  # killed while it was written; the trial's own takes its place
         return
+    if not isinstance(plain, dict):
+        raise SweepError(f"{own / 'config.json'} is no config; remove the folder to run the trial anew")
     try:
         old = flat(json.loads(complete(ConfigDict(plain)).to_json_best_effort()))
     except ConfigError as error:

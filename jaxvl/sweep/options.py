@@ -101,8 +101,11 @@ def check(options: SweepOptions) -> SweepOptions:
     o = o._replace(
         also=tuple(o.also), seeds=tuple(o.seeds), grid={k: tuple(v) if isinstance(v, (tuple, list)) else v for k, v in o.grid.items()}
     )
+    for where, names in (("metric", (o.metric,)), ("also", o.also), ("rows", o.rows), ("grid", o.grid), ("space", o.space)):
+        if odd := [name for name in names if not isinstance(name, str) or not name]:
+            raise SweepError(f"sweep(): {where} has the name {odd[0]!r}; it must be a text")
     for name, row in o.rows.items():
-        if not isinstance(row, Mapping):
+        if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
             raise SweepError(f"sweep(): rows[{name!r}] is {row!r}; it must be a dict of overrides, {{'method.width': 192}}")
     for key, values in o.grid.items():
         if not isinstance(values, tuple) or not values:
@@ -117,7 +120,8 @@ def check(options: SweepOptions) -> SweepOptions:
         ("trials", whole(o.trials) and (o.trials >= 1) == bool(o.space), "at least 1 with a space, and 0 without one"),
         ("sampler_seed", whole(o.sampler_seed), "a whole number"),
         ("seeds", all(map(whole, o.seeds)) and len(set(o.seeds)) == len(o.seeds), "different whole numbers"),
-        ("keep", 0 < o.keep <= 1, "above 0 and at most 1"),
+        ("config", isinstance(o.config, str), "the path of a config file"),
+        ("keep", isinstance(o.keep, (int, float)) and 0 < o.keep <= 1, "above 0 and at most 1"),
         ("keep_from", whole(o.keep_from) and o.keep_from >= 0, "a step"),
         ("keep_least", whole(o.keep_least) and o.keep_least >= 2, "at least 2 trials"),
         ("sampler", o.sampler != "tpe" or bool(o.space), "'random' without a space: there is nothing for 'tpe' to choose"),
@@ -141,8 +145,9 @@ def _check_distribution(key: str, d: Any) -> None:
         if not isinstance(d.options, (tuple, list)) or not d.options:
             raise SweepError(f"{where}; its options must be a tuple with something in it")
     elif isinstance(d, (Uniform, Integer)):
-        if not (math.isfinite(d.low) and math.isfinite(d.high) and d.low < d.high):
-            raise SweepError(f"{where}; low must be below high")
+        numbers = all(isinstance(x, (int, float)) and math.isfinite(x) for x in (d.low, d.high))
+        if not (numbers and d.low < d.high):
+            raise SweepError(f"{where}; both must be numbers, and low must be below high")
         if d.log and d.low <= 0:
             raise SweepError(f"{where}; with log, low must be above 0")
         if isinstance(d, Integer) and not (isinstance(d.low, int) and isinstance(d.high, int)):

@@ -70,7 +70,10 @@ def _opened(base: plan.Base, workdir: Path, retry: bool) -> Iterator[tuple[Sourc
             yield found
         return
     trials = plan.trials(base)
+    folders.check_credentials(base.options, trials)
     with folders.lock(workdir):
+        for trial in trials:  # a sweep that is refused at its last trial has changed none before
+            folders.begun(workdir, trial, retry=retry)
         folders.keep_options(workdir, base.options, [trial.name for trial in trials])
         records = [folders.prepare(workdir, trial, retry=retry) for trial in trials]
         waiting = iter([record for record in records if record.status not in OVER])

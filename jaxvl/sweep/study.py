@@ -6,6 +6,7 @@ worker has left is taken over, with its checkpoint, by the next one that looks.
 """
 
 import fcntl
+import importlib.util
 import math
 import zlib
 from collections.abc import Iterator
@@ -34,6 +35,9 @@ def opened(base: Base, workdir: Path, *, retry: bool) -> Iterator[tuple[Source, 
     if retry:
         raise SweepError("--retry: a study does not repeat a failed trial, it draws another point; raise trials for more of them")
     probe = plan.make(base, "t000", "t000", None, plan.draw(base.options, 0))  # what is wrong in the config is told before anything is made
+    folders.check_credentials(base.options, [probe])
+    if importlib.util.find_spec("optuna") is None:
+        raise SweepError("sweep(): sampler is 'tpe', but optuna is not installed: pip install optuna, or sampler='random'")
     workdir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(_held(workdir / "LOCK", fcntl.LOCK_SH, f"another sweep has {workdir}; stop it or choose another --workdir"))
@@ -127,12 +131,10 @@ class _Worker:
 
 def _study(options: SweepOptions, workdir: Path) -> Any:
     """The study in the folder, or a new one. Raises SweepError where it is of another metric or space."""
-    try:
-        import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError:
-        raise SweepError("sweep(): sampler is 'tpe', but optuna is not installed: pip install optuna, or sampler='random'") from None
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = JournalStorage(JournalFileBackend(str(workdir / JOURNAL)))
     direction = optuna.study.StudyDirection.MAXIMIZE if options.mode == "max" else optuna.study.StudyDirection.MINIMIZE

@@ -3,6 +3,7 @@
 import json
 import os
 import unicodedata
+from pathlib import Path
 
 import pytest
 from shards import options, picture
@@ -193,3 +194,27 @@ def test_lists_of_composed_sets(tmp_path, what, file, content, told):
     with pytest.raises(ValueError, match=told):
         make_set(what, tmp_path / "raw", tmp_path / "out", "train", 3)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_composed_set_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    raw = tmp_path / "raw"
+    (raw / "labels").mkdir(parents=True)
+    (raw / "labels" / "a_train_detect_all.txt").write_text("a.jpg\t1\tred\nb.jpg\t1\tblue\n")
+    for name in ("a.jpg", "b.jpg"):
+        (raw / name).write_bytes(b"x")
+    for count in (0, -1):
+        with pytest.raises(ValueError, match="at least 1"):
+            make_set("fashion200k", raw, tmp_path / "deep" / "out", "train", count)
+    read = Path.read_bytes
+
+    def torn(path):
+        if path.name == "b.jpg":
+            raise OSError("the disk has gone")
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", torn)
+        with pytest.raises(OSError, match="gone"):
+            make_set("fashion200k", raw, tmp_path / "deep" / "out", "train", 1)
+    assert not (tmp_path / "deep").exists()
+    assert len(make_set("fashion200k", raw, tmp_path / "deep" / "out", "train", 1)[0]) == 2

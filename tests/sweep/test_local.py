@@ -21,7 +21,7 @@ from jaxvl.sweep import folder as folders, plan, run, scheduler
 from jaxvl.sweep.options import SweepError, SweepOptions
 from jaxvl.sweep.prune import falls_behind
 
-SHORT = "'train.steps': 8, 'evals.val.every': 2, 'log.every': 5"
+SHORT = "'train.steps': 8, 'optim.warmup_steps': 1, 'evals.val.every': 2, 'log.every': 5"
 LONG = "'train.steps': 400, 'evals.val.every': 100, 'log.every': 10"
 
 
@@ -104,6 +104,27 @@ def test_a_sweep_that_is_told_to_stop_goes_on_where_it_stopped(tmp_path):
         sweep(path, folder)
 
 
+def test_a_sweep_that_is_refused_has_changed_nothing(tmp_path):
+    """The last trial's folder is of another config: nothing of the first, which could go on, nor of the sweep is written."""
+    path, folder = write(tmp_path, f"{{'metric': 'val/score', 'rows': {{'a': {{{SHORT}}}, 'b': {{{SHORT}}}}}}}"), tmp_path / "s"
+    trials = plan.trials(plan.load(path))
+    folder.mkdir()
+    folders.keep_options(folder, plan.load(path).options, [trial.name for trial in trials])
+    for trial in trials:
+        folders.write_record(folder, folders.prepare(folder, trial, retry=False)._replace(status="stopped"))
+    other = folder / "b" / "config.json"
+    other.write_text(other.read_text().replace('"steps": 8', '"steps": 9'))
+    contents = lambda: {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "LOCK"}
+    Path(path).write_text(Path(path).read_text().replace("'val/score'", "'val/score', 'also': ('val/other',)"))
+    before = contents()
+    with pytest.raises(SweepError, match="b was run with config.train.steps=9"):
+        sweep(path, folder)
+    assert contents() == before
+    other.write_text("[]")
+    with pytest.raises(SweepError, match="config.json is no config"):
+        folders.begun(folder, trials[1], retry=False)
+
+
 def test_a_trial_of_an_older_version_goes_on(tmp_path):
     """Its config lacks a key that has come since, or has one that is gone."""
     path, folder = write(tmp_path, f"{{'metric': 'val/score', 'rows': {{'a': {{{SHORT}}}}}}}"), tmp_path / "s"
@@ -112,12 +133,12 @@ def test_a_trial_of_an_older_version_goes_on(tmp_path):
     folders.write_record(folder, folders.prepare(folder, trial, retry=False)._replace(status="stopped"))
     file = folder / "a" / "config.json"
     old = json.loads(file.read_text())
-    del old["optim"]["warmup_steps"]  # 80 here, and 0 where nothing is said
+    del old["optim"]["warmup_steps"]  # 1 here, and 0 where nothing is said
     file.write_text(json.dumps(old))
     with pytest.raises(SweepError, match="config.optim.warmup_steps="):
         folders.prepare(folder, trial, retry=False)
     del old["optim"]["ema_decay"]  # as it is where nothing is said
-    file.write_text(json.dumps(old | {"optim": old["optim"] | {"warmup_steps": 80}}))
+    file.write_text(json.dumps(old | {"optim": old["optim"] | {"warmup_steps": 1}}))
     assert folders.prepare(folder, trial, retry=False).status == "stopped"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"gone": {}}))
     with pytest.raises(SweepError, match="does not read: config.gone"):

@@ -42,6 +42,14 @@ def write(folder: Path, body: str) -> str:
     ({"metric": "val/x", "rows": {"a": 3}}, "dict of overrides"),
     ({"metric": "val/x", "rows": {"a": {"seed": 1}}, "seeds": (1,)}, "seed is set in more than one"),
     ({"metric": "val/x", "rows": {"a": {"b": 1}}, "grid": {"b": (1,)}}, "b is set in more than one"),
+    ({"metric": 5, "seeds": (1,)}, "metric has the name 5"),
+    ({"metric": "val/x", "also": (None,), "seeds": (1,)}, "also has the name None"),
+    ({"metric": "val/x", "config": 5, "seeds": (1,)}, "config is 5"),
+    ({"metric": "val/x", "rows": {5: {}}}, "rows has the name 5"),
+    ({"metric": "val/x", "rows": {"a": {5: 1}}}, "dict of overrides"),
+    ({"metric": "val/x", "grid": {("a", "b"): (1,)}}, "grid has the name ('a', 'b')"),
+    ({"metric": "val/x", "seeds": (0,), "keep": "half"}, "keep is 'half'"),
+    ({"metric": "val/x", "space": {"a": Uniform("0", 1)}, "trials": 1}, "both must be numbers"),
     ({"metric": "val/x", "seeds": (1,), "sampler": "tpe"}, "without a space"),
     ({"metric": "val/x", "seeds": (1,), "sampler": "tpe", "space": {"a": Uniform(0, 1)}, "trials": 1}, "TPE draws from the space alone"),
 ])  # fmt: skip
@@ -56,7 +64,7 @@ def test_rows_grid_and_seeds_multiply(tmp_path):
         tmp_path,
         "{'metric': 'val/x', 'rows': {'a b': {}, 'wide': {'method.width': 48}}, 'grid': {'optim.learning_rate': (1e-3, 3e-3)}, 'seeds': (4, 5)}",
     )
-    trials = plan.trials(plan.load(path, ["train.steps=7"]))
+    trials = plan.trials(plan.load(path, ["train.steps=90"]))
     assert [t.name for t in trials] == [
         f"{row},learning_rate={rate}-seed{seed}" for row in ("a_b", "wide") for rate in ("0.001", "0.003") for seed in (4, 5)
     ]
@@ -67,7 +75,7 @@ def test_rows_grid_and_seeds_multiply(tmp_path):
         "wide,learning_rate=0.003",
     ]
     seen = [(t.config.method.width, t.config.optim.learning_rate, t.config.seed, t.config.train.steps) for t in trials]
-    assert seen == [(width, rate, seed, 7) for width in (96, 48) for rate in (1e-3, 3e-3) for seed in (4, 5)]
+    assert seen == [(width, rate, seed, 90) for width in (96, 48) for rate in (1e-3, 3e-3) for seed in (4, 5)]
 
 
 def test_a_row_may_have_its_own_recipe(tmp_path):
