@@ -79,7 +79,14 @@ def main(config: str | None, overrides: Sequence[str], *, rounds: int) -> int:
 
 
 def exported(family: str, folder: Path, **sections: Any) -> Exported:
-    """A model of a family with random weights, exported into `folder`; sections: of its config, over what the family has."""
+    """A model of a family, see `made`, exported into `folder`."""
+    parts, found = made(family, **sections)
+    export.run(parts, found, "hf", folder)
+    return Exported(parts, found, folder, *own_faces(parts, found.state))
+
+
+def made(family: str, **sections: Any) -> tuple[assembly.Parts, Restored]:
+    """A run of a family with random weights; sections: of its config, over what the family has."""
     captions = [text for text in STRINGS.values() if text.strip()]
     own = FAMILIES[family]
     plain = dict(method=own.get("method", dict(name="clip", width=32)), image={**TOWER, **own["image"]}, text={**TOWER, **own["text"]},
@@ -90,9 +97,8 @@ def exported(family: str, folder: Path, **sections: Any) -> Exported:
     parts = assembly.assemble(recipe, tokenizer)
     shapes, _ = jax.eval_shape(lambda: parts.method.init(jax.random.key(0), parts.spec))
     rng = np.random.default_rng(1)
-    found = Restored(7, jax.tree_util.tree_map_with_path(lambda path, leaf: _drawn(rng, path_str(path), leaf), shapes), {})
-    export.run(parts, found, "hf", folder)
-    return Exported(parts, found, folder, *own_faces(parts, found.state))
+    params = jax.tree_util.tree_map_with_path(lambda path, leaf: _drawn(rng, path_str(path), leaf), shapes)
+    return parts, Restored(7, params, {})
 
 
 def _drawn(rng: np.random.Generator, path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
