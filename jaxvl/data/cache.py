@@ -22,6 +22,7 @@ STEP = 1 << 22  # bytes copied at a time
 # What fsspec needs for a scheme, by the name that pip knows.
 CLIENTS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs",
            "hdfs": "pyarrow", "hf": "huggingface_hub", "ssh": "paramiko", "sftp": "paramiko", "oci": "ocifs", "oss": "ossfs"}  # fmt: skip
+RATIO, SMALL = 100, 1 << 28  # times its size that a shard may unpack to, and bytes that any may
 ABANDONED = 3600  # seconds without a byte after which a copy in the making is nobody's
 # What stores call that which changes with a file, in small letters, the surest first.
 VERSIONS = (
@@ -112,7 +113,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class Uncached(OSError):
-    """A shard, unpacked, is larger than the cache may hold."""
+    """A shard, unpacked, is larger than the cache may hold, or than any shard of images."""
 
 
 class Opened(NamedTuple):
@@ -173,8 +174,11 @@ def _copy(shard: str, version: tuple[int, int], path: Path, limit: int) -> None:
             return source.read(STEP)
 
     def write(data: bytes) -> None:
-        if target.tell() + len(data) > limit:
+        length = target.tell() + len(data)
+        if length > limit:
             raise Uncached(f"it has more bytes than the cache may hold ({limit:,}): raise data.cache_gb")
+        if size and length > max(SMALL, RATIO * size):
+            raise Uncached(f"it unpacks to more than {RATIO} times its {size:,} bytes, as no shard of images does")
         target.write(data)
 
     try:

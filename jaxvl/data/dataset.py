@@ -47,8 +47,8 @@ class DataOptions(NamedTuple):
     min_side, max_pixels: see decode.py. resize: where training crops are resized; "device" saves the host the work and
     ships canvases of up to 3.5 times the bytes. group_shards: shards whose samples are shuffled together, 0 for all. chunk:
     samples that one thread prepares at a time. threads (of each process) and workers (processes): 0 and -1 choose by
-    the cores there are. prefetch: batches prepared ahead. max_bad_rate: share of bad samples above which the run
-    stops. indexes: folder of the shards' indexes, by default in the cache. cache: folder for remote shards and
+    the cores there are. prefetch: batches prepared ahead. max_bad_rate: share of bad samples, with those that lost
+    shards lack, above which the run stops. indexes: folder of the shards' indexes, by default in the cache. cache: folder for remote shards and
     rendered sets, by default $JAXVL_CACHE or ~/.cache/jaxvl. cache_gb: bound of the shards in it.
     """
 

@@ -53,7 +53,7 @@ REASONS = {
     "packed": "the shard is compressed with lz4, lzip, lzma, compress or snappy, which are not read: use gzip, bzip2, xz or none",
     "archive": "the shard is a zip, 7z or rar archive or a Parquet file, no tar",
     "ambiguous": "several images under one key, and none is named KEY.jpg, KEY.png or the like",
-    "uncached": "the shard, unpacked, is larger than the cache may hold: raise data.cache_gb",
+    "uncached": "the shard, unpacked, is larger than the cache may hold (data.cache_gb), or 100 times its size",
     "gap": "zeros in the shard: tars put end to end, or a stretch that was never written",
     "joined": "image and caption of each sample have different names, which are laid out by one rule throughout",
 }

@@ -95,13 +95,16 @@ def test_packed_shards_are_read_and_their_ends_are_missed(tmp_path: Path, pack) 
     assert len(indexed((tmp_path / "name.tar").read_bytes()).rows) == 1 and not opened(str(tmp_path / "name.tar"), cache).torn
 
 
-def test_a_bomb_is_lost_alone(tmp_path: Path) -> None:
+def test_a_bomb_is_lost_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard that unpacks to more than the cache may hold; with a larger cache it is there."""
     write_shards(tmp_path / "s", [6, 6])
     (tmp_path / "s" / "0001.tar").write_bytes(gzip.compress(WHOLE + bytes(1 << 22)))
     with pytest.warns(UserWarning, match=r"raise data\.cache_gb"):
         assert open_data(options(str(tmp_path / "s"), tmp_path, cache_gb=1e-3, max_bad_rate=0.5)).counts.tolist() == [6, 0]
     assert open_data(options(str(tmp_path / "s"), tmp_path)).counts.tolist() == [6, 6]
+    monkeypatch.setattr("jaxvl.data.cache.SMALL", 1 << 20)
+    with pytest.warns(UserWarning, match="unpacks to more than 100 times its"):
+        open_data(options(str(tmp_path / "s"), tmp_path / "other", max_bad_rate=0.5))
 
 
 def test_every_cut_of_a_tar_or_gzip_loses_nothing_without_a_word(tmp_path: Path) -> None:
