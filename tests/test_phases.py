@@ -48,7 +48,7 @@ def test_a_run_that_missed_the_start_of_its_hierarchy_or_is_past_its_end_does_no
     for step, refreshed in ((0, -1), (100, -1), (101, 100), (400, 350)):
         phases.check_resumed(method, memory(refreshed), step, 450)
     with pytest.raises(
-        ValueError, match=r"hierarchy_start comes to step 100, .* is at step 101 without a hierarchy: set it to 101 or a later"
+        ValueError, match=r"hierarchy_start comes to step 100 .* is at step 101 without a hierarchy: set it to 101 or a later"
     ):
         phases.check_resumed(method, memory(-1), 101, 450)
     with pytest.raises(ValueError, match="config.train comes to 300 steps, and the run is at step 400 already"):

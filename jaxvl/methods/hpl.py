@@ -53,8 +53,8 @@ class HplOptions(NamedTuple):
     squared distance; temperature: of norm_softmax. hierarchy: none for the base loss alone. level_weights: w_l, fine first; as many levels
     as weights. classes: 0 for as many as the training data have. num_coarse: proxies of each coarse level, 0 for sqrt of the level below
     (learned) or as many as the data have groups (given; data.levels), which is all that a given one takes. parents: a_l for a given hierarchy, by default the data's.
-    hierarchy_start: the step before which the hierarchy is learned first; "half" of the run, or "end_of_warmup". refresh_every: steps, 0
-    for an epoch and at least 100. coarse_mode: "auto" is frozen where the hierarchy is learned and free where it is given. See the module
+    hierarchy_start: the step before which the hierarchy is learned first; "half" of the run, or "end_of_warmup". refresh_every: steps from one
+    renewal to the next, whatever becomes of the start, 0 for an epoch and at least 100. coarse_mode: "auto" is frozen where the hierarchy is learned and free where it is given. See the module
     for the others. negative_sampling: share of the classes that are negatives in a step (losses/proxy.py); with optim.lazy=("^proxies$",)
     the proxies that a step does not draw stay as they are. block: classes met at a time. pad_to: proxies are padded to a multiple of this,
     whatever the mesh, so that a run can go on on another; the devices must divide it. dtype: of the inputs of the products of embeddings
@@ -251,8 +251,8 @@ def build(image: Any, text: Any, options: HplOptions = HplOptions()) -> Method:
     def resumed(memory: dict, step: int) -> None:
         if int(memory["refreshed"]) < 0 and step > int(o.hierarchy_start):
             raise ValueError(
-                f"config.method.hierarchy_start comes to step {o.hierarchy_start:,}, since config.train or config.optim.warmup_steps changed, and the run is at "
-                f"step {step:,} without a hierarchy: set it to {step:,} or a later step"
+                f"config.method.hierarchy_start comes to step {o.hierarchy_start:,} in a run of this length, and the run is at step {step:,} without "
+                f"a hierarchy: set it to {step:,} or a later step"
             )
 
     def flops(batch_spec: dict) -> float:
