@@ -12,6 +12,7 @@ from typing import Any
 from jaxvl import progress as bars
 from jaxvl.data.cache import Cache, Uncached, digest, is_remote, locked, opened, stamp
 from jaxvl.data.tarindex import DamagedIndex, Index, Summary, build_index, empty_index, load_index, read_summary, save_index
+from jaxvl.secrets import public
 
 PROCESSES_FROM = 1 << 31  # bytes of shards below which starting processes costs more than it saves
 GONE = (0, 0)  # the stamp of a shard that cannot be reached, which is tried again at each start
@@ -20,7 +21,7 @@ STORE_THREADS = 32  # a remote store answers slowly, and many questions at once
 
 def index_path(shard: str, folder: str) -> str:
     """Where the index of `shard` is kept."""
-    return os.path.join(folder, f"{os.path.basename(shard)[-80:]}-{digest(shard)}.idx")
+    return os.path.join(folder, f"{os.path.basename(public(shard))[-80:]}-{digest(shard)}.idx")
 
 
 def ensure_indexes(shards: Sequence[str], folder: str, cache: Cache, rebuild: bool = False) -> list[Summary]:
@@ -28,6 +29,13 @@ def ensure_indexes(shards: Sequence[str], folder: str, cache: Cache, rebuild: bo
     stamps = _stamps(shards)
     paths = [Path(index_path(s, folder)) for s in shards]
     held = [None if rebuild else read_summary(p) for p in paths]
+    spoilt = [path for path, summary in zip(paths, held, strict=True) if summary is None and not rebuild and path.exists()]
+    if spoilt:
+        warnings.warn(
+            f"{len(spoilt):,} of {len(paths):,} indexes, {spoilt[0]} first, are damaged or of another version: "
+            "they are built again, with the samples that `data check --record` had left out",
+            stacklevel=2,
+        )
     todo = [i for i, (summary, now) in enumerate(zip(held, stamps, strict=True)) if summary is None or summary.stamp != now]
     if todo:
         with locked(Path(folder) / "build.lock"):
