@@ -46,7 +46,8 @@ class DecodeOptions(NamedTuple):
     largest centred square and "squash" the whole image.
     dct_margin: in training, a JPEG is decoded at 1/2 or 1/4 size where the crop still has dct_margin * size pixels a side: half
     the pixels of the result by default. 1 never enlarges what was decoded, evaluation keeps EVAL_MARGIN; infinity always decodes
-    in full. min_side, max_pixels: smaller and larger images are refused.
+    in full. min_side, max_pixels: smaller and larger images are refused, and those that take more than 512 MiB to decode, or than
+    8 bytes for each of max_pixels where that is more.
     """
 
     size: int = 224

@@ -21,7 +21,7 @@ from jaxvl.data.formats import UNREAD, Undecodable, sniff, told
 from jaxvl.data.resize import Box, scratch
 
 BACKGROUND = 255  # transparent pixels are composed on white
-MEMORY = 1 << 29  # bytes that decoding an image may take, its pixels included
+MEMORY, EACH = 1 << 29, 8  # bytes that decoding an image may take, its pixels included: in all, or for each of max_pixels if that is more
 RESULT = 3  # bytes of a decoded pixel
 PIXEL = {"WEBP": 16, "AVIF": 14}  # bytes of working memory that Pillow and the format's library take for a pixel, as measured
 PLAIN = 4  # the same of any other format
@@ -127,12 +127,13 @@ def shown(box: Box, header: Header) -> Box:
 
 
 def _check(size: tuple[int, int], memory: int, min_side: int, max_pixels: int) -> None:
-    """Refuse an image that is too large, too small, or takes more than MEMORY to decode."""
+    """Refuse an image that is too large, too small, or takes more than the budget to decode."""
     width, height = size
     if width * height > max_pixels:
         raise Undecodable("bomb", f"{width} x {height} pixels are more than max_pixels, {max_pixels}")
-    if memory > MEMORY:
-        raise Undecodable("bomb", f"decoding its {width} x {height} pixels would take {memory >> 20} MiB, more than {MEMORY >> 20} MiB")
+    budget = max(MEMORY, EACH * max_pixels)
+    if memory > budget:
+        raise Undecodable("bomb", f"decoding its {width} x {height} pixels would take {memory >> 20} MiB, more than {budget >> 20} MiB")
     if min(width, height) < min_side:
         raise Undecodable("tiny", f"{width} x {height} pixels, and min_side is {min_side}")
 

@@ -39,7 +39,7 @@ REASONS = {
     "undecodable": "the caption is no UTF-8",
     "corrupt": "the image cannot be decoded",
     "notimage": "the image is something else, such as a web page",
-    "bomb": "decoding the image would take more than data.max_pixels, or more than 512 MiB",
+    "bomb": "the image has more pixels than data.max_pixels, or decoding it takes more memory than so many plain ones",
     "tiny": "the image is smaller than data.min_side",
     "unlabelled": "the field that data.label names is missing, or has nothing visible",
     "unidentified": "the field that data.id names is missing",

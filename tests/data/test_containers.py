@@ -211,6 +211,7 @@ def test_the_frames_of_an_avif_are_sized_themselves(monkeypatch):
     data = avif(photo(700, 700))
     at = data.index(b"ispe") + 8
     monkeypatch.setattr(pixels, "MEMORY", 1 << 22)
+    monkeypatch.setattr(pixels, "EACH", 0)
     assert refused(data) == refused(data[:at] + struct.pack(">2L", 64, 64) + data[at + 8 :]) == "bomb"
     assert decode_eval(avif(photo(64, 64)), OPTIONS).shape == (32, 32, 3)
 
@@ -301,6 +302,12 @@ def test_comments_of_any_length_stand_in_a_ppm():
     plain = b" ".join(b"%d #c\n" % level for level in rows)
     assert (decode_full(b"P3 8 8 255\n" + plain, OPTIONS) == np.asarray(photo(8, 8))).all()
     assert refused(b"P6\n8 8\n#" + b"x" * 99) == refused(b"P5 a b c") == "corrupt"
+
+
+def test_who_allows_more_pixels_allows_their_memory():
+    data = png(9000, 9000)
+    assert refused(data) == "bomb"
+    assert probe(data, OPTIONS._replace(max_pixels=1 << 27)) == (9000, 9000)
 
 
 def test_scans_are_counted_by_the_blocks_they_visit():
