@@ -85,7 +85,7 @@ def decode(image: bytes, header: Header, factor: int = 1, smooth: bool = True) -
             try:
                 return _turbo_pixels(mended, header, factor, smooth)
             except ValueError as second:  # mostly more than the end mark is missing, as the first error says
-                if "extraneous" in str(second):
+                if "extraneous" in str(second) and not jpeg.has_end(image):
                     raise Undecodable("trailing", "its lines could be followed or overwritten by the bytes behind them") from error
         _refuse(error)
 
