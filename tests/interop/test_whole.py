@@ -1,5 +1,6 @@
 """A whole method from an imported checkpoint or another run: parameters, teacher and queues, at another resolution."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -88,7 +89,7 @@ def test_a_run_hands_over_everything_but_its_count_of_steps(imported, tokenizer,
     with checkpoint.open_saver(tmp_path / "run" / "checkpoints", checkpoint.CheckpointOptions()) as saver:
         saver.save(5, first, {}, block=True)
     tower = lambda kind: {**importing.tower(imported, kind), "dtype": "float32"}
-    (tmp_path / "run" / "config.json").write_text(configs.json.dumps({"image": tower("image"), "text": {**tower("text"), "vocab_size": 0}}))
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"image": tower("image"), "text": {**tower("text"), "vocab_size": 0}}))
     shapes, leaves = planned(
         imported, tokenizer, init=dict(whole=str(tmp_path / "run"), skip=""), method=dict(ids=False), data=dict(image_size=64, id="")
     )
