@@ -74,9 +74,8 @@ class Sample:
 def join_stems(samples: list[Sample]) -> tuple[list[Sample], bool]:
     """Join parts that differ in their infix; the samples, and whether a rule joined any."""
     groups: dict[bytes, list[Sample]] = {}
-    for sample in samples:
-        if not sample.copy:
-            groups.setdefault(sample.folder + sample.key, []).append(sample)
+    for sample in _single(samples):
+        groups.setdefault(sample.folder + sample.key, []).append(sample)
     several = [parts for parts in groups.values() if len(parts) > 1]
     if not several:
         return samples, False
@@ -94,6 +93,12 @@ def join_stems(samples: list[Sample]) -> tuple[list[Sample], bool]:
             gone = _by_rule(parts, rule) if rule else _alone(parts)
         left |= {id(s) for s in gone}
     return [s for s in samples if id(s) not in left], joined
+
+
+def _single(samples: list[Sample]) -> list[Sample]:
+    """The samples without a duplicate, whose parts may lie in the other."""
+    again = {(s.folder, s.key, s.infix) for s in samples if s.copy}
+    return [s for s in samples if (s.folder, s.key, s.infix) not in again] if again else samples
 
 
 def _infixes(parts: Iterable[Sample]) -> dict[str, bytes]:
@@ -169,10 +174,11 @@ def join_folders(samples: list[Sample]) -> tuple[list[Sample], bool]:
         for text in texts if len(images) == 1 else ():
             if slots[text] and not any(slots[text] & slots[other] for other in (*images, *texts) if other != text):
                 of.setdefault(text, []).append(images[0])
-    pictures = {(s.folder, s.key, s.infix): s for s in samples if not s.copy and "image" in s.names}
+    single = _single(samples)
+    pictures = {(s.folder, s.key, s.infix): s for s in single if "image" in s.names}
     left = set()
-    for sample in samples:
-        for folder in of.get(sample.folder, ()) if not sample.copy and len(of.get(sample.folder, ())) == 1 else ():
+    for sample in single:
+        for folder in of.get(sample.folder, ()) if len(of.get(sample.folder, ())) == 1 else ():
             if picture := pictures.get((folder, sample.key, sample.infix)):
                 picture.fill(sample, sample.names)
                 left.add(id(sample))

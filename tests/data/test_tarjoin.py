@@ -32,6 +32,11 @@ def found(*names: str) -> tuple[list[str], list[tuple[str, str]], tuple[str, ...
         (("0.raw.jpg", "0.raw.txt", "1.raw.jpg", "1.txt"), [("1", "nocaption"), ("1", "noimage")]),
         (("0.raw.jpg", "0.en.txt"), [("0", "nocaption"), ("0", "noimage")]),
         (("0.jpg", "0.txt", "0.depth.png", "1.depth.png", "1.txt"), [("1", "nocaption"), ("1", "noimage")]),
+        (
+            ("6.jpg", "6.jpg", "6.txt", "6.raw.txt", "7.jpg", "7.raw.txt"),
+            [(k, r) for k in "67" for r in ("duplicate", "nocaption", "noimage")[k == "7" :]],
+        ),
+        (("images/6.jpg", "images/6.jpg", "captions/6.txt"), [("6", "duplicate"), ("6", "nocaption"), ("6", "noimage")]),
         (("6.a.jpg", "6.b.jpg", "6.txt"), [("6", "ambiguous")]),
         (("6.a.jpg", "6.b.jpg", "6.txt", "6.json", "7.a.jpg", "7.b.jpg", "7.txt"), [("6", "ambiguous"), ("7", "ambiguous")]),
         (("6.a.jpg", "6.b.jpg", "6.cls"), [("6", "ambiguous")]),

@@ -17,6 +17,8 @@ from jaxvl.data.cache import Cache
 from jaxvl.data.dataset import DataOptions, decode_options
 from jaxvl.data.source import Bad, Place, Want
 from jaxvl.data.sources import open_source
+from jaxvl.data.targroup import group
+from jaxvl.data.tarwalk import Member
 from tests.data.broken_tars import BLOCK
 from tests.data.shards import number_of, picture, tar_bytes
 
@@ -107,6 +109,17 @@ PACKED = (_flip, _cut, _out, _in, _over)
 SILENT = (_header,)  # a size may swallow a sample whole, and nothing is left that could tell
 
 
+def _names(rng):
+    """Names of members that are hard to put together."""
+    folders = rng.sample(["", "images/", "captions/", "cats/", "dogs/", "a/images/", "a/texts/", "imgs/x/", "./"], rng.choice((1, 1, 2, 3)))
+    infixes, extensions = (
+        rng.sample(["", ".1", ".2", ".raw", ".cap", ".1.a"], rng.choice((1, 2, 3))),
+        ["jpg", "txt", "json", "cls", "npy", "bin"],
+    )
+    one = lambda: rng.choice(folders) + rng.choice("ab") + rng.choice(infixes) + "." + rng.choice(extensions[: rng.choice((2, 3, 6))])
+    return [one() for _ in range(rng.randrange(1, 14))]
+
+
 def _read(path, folder):
     """The number of every pair that is delivered, and the words for all else."""
     source = open_source(str(path), Place(str(folder / "index"), Cache(str(folder / "cache"), 1 << 30)))
@@ -150,3 +163,24 @@ def test_no_shard_crashes_hangs_or_lies(seeds, tmp_path):
             f"seed {seed} {mutate.__name__}: {whole}"
         )
         path.unlink()
+
+
+@pytest.mark.parametrize(
+    "seeds", [pytest.param(range(2000), id="share"), pytest.param(range(2000, 60_000), id="rest", marks=pytest.mark.long)]
+)
+def test_no_names_join_what_has_a_partner_or_use_a_part_twice(seeds):
+    for seed in seeds:
+        rng = random.Random(seed)
+        names = _names(rng)
+        at = dict(enumerate((name.removeprefix("./") for name in names), 1))
+        head = lambda name: b"\xff\xd8\xff" if name.endswith(("jpg", "bin")) else b"x"
+        samples, words = group(Member(name.encode(), "file", n, 1, False, head(name)) for n, name in enumerate(names, 1))
+        used = [place for sample in samples for place, _ in sample.members.values()]
+        assert len(used) == len(set(used)), f"seed {seed}"
+        for sample in samples:
+            parts = {slot: at[place] for slot, (place, _) in sample.members.items()}
+            stems = {name.rpartition(".")[0] for name in parts.values()}
+            if {"image", "text"} <= parts.keys() and len(stems) > 1:
+                assert "joined" in words or parts["image"].rpartition(".")[0] == parts["text"].rpartition(".")[0], f"seed {seed}"
+                own = f"{parts['image'].rpartition('.')[0]}.txt"
+                assert parts["text"] == own or own not in at.values(), f"seed {seed}"
