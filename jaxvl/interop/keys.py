@@ -164,14 +164,14 @@ def _value(key: str, value: Any, default: Any, told: str) -> Any:
     elif isinstance(default, (str, dict)):
         right, what = isinstance(value, type(default)), "a text" if isinstance(default, str) else "an object"
     elif isinstance(default, float):
-        right = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e300
-        what = "a number of 0 or more"
+        right = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e30  # finite in float32
+        what = "a finite number of 0 or more"
     else:
         least = -1 if key.endswith("_token_id") else 0 if key in ZERO else 1
-        right, what = type(value) is int and least <= value < 2**63, f"a whole number of {least} or more"
+        right, what = type(value) is int and least <= value < 2**31, f"a whole number of {least} or more that fits 32 bits"
     if not right:
         raise ConfigError(f"{told} must be {what}")
-    return value
+    return float(value) if isinstance(default, float) else value
 
 
 def _shown(value: Any) -> str:

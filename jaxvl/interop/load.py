@@ -238,7 +238,7 @@ def _sized(model: Published, stored: dict[str, Stored]) -> None:
         options = getattr(model, section)
         told = {key: getattr(options, key, 0) for key in SIZES}
         if section == "image" and options and getattr(options, "patch", 0):
-            told["patches"] = (model.image_size // options.patch) ** 2
+            told |= {"patches": (model.image_size // options.patch) ** 2, "channels": model.channels}
         for key, value in told.items():
             most, what = (len(stored), "tensors") if key == "depth" else (numbers, "numbers")
             if value > most:

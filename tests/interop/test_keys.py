@@ -51,10 +51,10 @@ def test_a_key_that_may_change_the_numbers_is_refused_by_name(kind, key, value):
 @pytest.mark.parametrize("change, words", [
     ({"hidden_size": "768"}, "hidden_size='768' must be a whole number of 1 or more"), ({"hidden_size": 768.0}, "hidden_size=768.0 must be a whole"),
     ({"num_attention_heads": 0}, "num_attention_heads=0 must be"), ({"image_size": 0}, "image_size=0 must be"), ({"patch_size": 0}, "patch_size=0 must be"),
-    ({"patch_size": [16, 8]}, r"patch_size=\[16, 8\]: only squares"), ({"layer_norm_eps": "x"}, "layer_norm_eps='x' must be a number of 0 or more"),
+    ({"patch_size": [16, 8]}, r"patch_size=\[16, 8\]: only squares"), ({"layer_norm_eps": "x"}, "layer_norm_eps='x' must be a finite number of 0 or more"),
     ({"layer_norm_eps": float("nan")}, "layer_norm_eps=nan must be"), ({"qkv_bias": 1}, "qkv_bias=1 must be true or false"),
     ({"hidden_act": ["gelu"]}, r"hidden_act=\['gelu'\] must be a text"), ({"id2label": [1]}, r"id2label=\[1\] must be an object"),
-    ({"layer_norm_eps": 10**400}, "layer_norm_eps=1000.*must be a number"), ({"hidden_size": None}, "hidden_size=None must be"),
+    ({"layer_norm_eps": 10**400}, "layer_norm_eps=1000.*must be a finite number"), ({"hidden_size": None}, "hidden_size=None must be"),
 ])  # fmt: skip
 def test_a_value_of_the_wrong_type_is_refused_by_name(change, words):
     with pytest.raises(ConfigError, match=words):
