@@ -14,7 +14,7 @@ from jaxvl.data import decode
 from jaxvl.data.cache import locked
 from jaxvl.data.contents import Contents, open_contents
 from jaxvl.data.dataset import DataOptions, decode_options, place_of
-from jaxvl.data.faults import fault_notes
+from jaxvl.data.faults import fault_notes, lost_samples
 from jaxvl.data.indexing import cores, index_path, parallel, progress
 from jaxvl.data.labels import word
 from jaxvl.data.pixels import notice
@@ -284,7 +284,9 @@ def _open(paths: Sequence[str], indexes: str, cache: str, caption_field: str, la
 def _told(opened: Sequence[Contents], words: Collection[str] = NOTES) -> list[str]:
     """What was taken to be in the sets, and what is true of whole shards, as far as `words` tell it."""
     sources = [one.source._replace(faults=tuple(f for f in one.source.faults if f[0] in words)) for one in opened]
-    return [*(one.told for one in opened if one.told), *fault_notes(sources)]
+    lost = lost_samples([one.source for one in opened])
+    missing = [f"lost shards lack some {lost:,} samples, by the mean of the others"] if lost else []
+    return [*(one.told for one in opened if one.told), *fault_notes(sources), *missing]
 
 
 def open_sources(paths: Sequence[str], indexes: str, cache: str, rebuild: bool = False) -> list[Source]:
@@ -321,8 +323,7 @@ def _print_counts(counts: list[ShardCount], json: bool, notes: collections.Count
         )
         return 0 if good else 1
     faults = {c.shard: sum(map(len, c.bad.values())) for c in counts}
-    rank = {c.shard: faults[c.shard] + sum(c.damage.values()) for c in counts}
-    worst = set(sorted(rank, key=lambda shard: -rank[shard])[:SHOWN])
+    worst = {c.shard for c in sorted(counts, key=lambda c: (-sum(c.damage.values()), -faults[c.shard]))[:SHOWN]}
     rows = []
     for count in (c for c in counts if c.shard in worst):
         bad, words = faults[count.shard], _words({reason: len(keys) for reason, keys in count.bad.items()})

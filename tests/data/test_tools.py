@@ -82,6 +82,18 @@ def test_nothing_usable_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "1 of 1 shards: the image, or the shard, holds nothing" in capsys.readouterr().out
 
 
+def test_lost_shards_come_first_and_are_estimated(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "s" / "0002.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    monkeypatch.setattr(tools, "SHOWN", 1)
+    tools.check([shards], cache=str(tmp_path / "cache"))
+    out = capsys.readouterr().out
+    assert "0002.tar" in out and "lost shards lack some 5 samples" in out and "`git lfs pull`" in out
+    tools.stats([shards], cache=str(tmp_path / "cache"), json=True)
+    assert any("1 of 3 shards: a pointer" in sentence for sentence in json.loads(capsys.readouterr().out)["contents"])
+
+
 def test_stats(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tools.stats([shards], cache=str(tmp_path / "cache"), json=True)
     report = json.loads(capsys.readouterr().out)
