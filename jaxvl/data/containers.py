@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxvl.data import avif, orientation
-from jaxvl.data.formats import Undecodable
+from jaxvl.data.formats import Undecodable, told
 
 PARTS = 1 << 18  # chunks or blocks of a file; the pieces of a large image are some 10,000, and metadata can add to them
 TEXT = 1 << 20  # bytes of a text chunk that are searched for an orientation
@@ -39,6 +39,7 @@ WIDTH, HEIGHT, BITS, COMPRESSION, STRIP_ROWS, SAMPLES, PLANES, TILE_WIDTH, TILE_
     323,
     700,
 )
+REDUCED, WHITE, PAGES_WITHIN, DNG = 254, 262, 330, 50706
 
 
 class Bare(NamedTuple):
@@ -205,6 +206,10 @@ def _tiff(image: bytes) -> Bare:
     if len(entries) < listed or any(e.at + e.size > len(image) for e in entries if e.tag in (*STORED, XMP)):
         raise Undecodable("truncated", "its directory ends beyond the file")  # of which Pillow would take what there is
     number = lambda tag, default: (orientation.first(image, found[tag]) if tag in found else None) or default
+    if DNG in found or (number(REDUCED, 0) & 1 and PAGES_WITHIN in found):  # the first page is a preview of a camera's raw data
+        raise Undecodable("raw", told("raw"))
+    if WHITE in found and not number(WHITE, 0) and number(BITS, 1) > 8:
+        raise Undecodable("corrupt", "its 16-bit levels count from white, which Pillow would show inverted")
     width, height, samples = number(WIDTH, 0), number(HEIGHT, 0), number(SAMPLES, 1)
     piece = (
         number(TILE_WIDTH, 0) * number(TILE_HEIGHT, 0)

@@ -174,6 +174,8 @@ def test_a_progressive_jpeg_without_its_last_scans_is_cut():
         ("pdf", b"%PDF-1.7\n"),
         ("raw", b"II*\0\x10\0\0\0CR\2\0"),
         ("raw", b"\0\0\0\x18ftypcrx \0\0\0\1crx isom"),
+        ("raw", tiff(64, 64, 64, tags=((50706, 1, 4, 0x0401),))),
+        ("raw", tiff(64, 64, 64, ">", tags=((254, 4, 1, 1), (330, 4, 1, 8)))),
         ("dds", b"DDS |\0\0\0"),
         ("qoi", b"qoif\0\0\0\x40"),
         ("icns", b"icns\0\0\0\x40"),
@@ -333,6 +335,16 @@ def test_a_long_image_is_squashed_without_a_long_kernel():
     ramp = np.linspace(0, 255, 400_000).astype(np.uint8)[None].repeat(2, 0)
     got = decode_eval(encode(Image.fromarray(ramp), "PNG"), OPTIONS._replace(fit="squash"))
     assert np.abs(got[0, :, 0] - np.linspace(4, 251, 32)).max() < 2
+
+
+def test_deep_levels_that_count_from_white_are_not_shown_inverted():
+    black = encode(Image.fromarray(np.full((8, 8), 65_535, np.uint16)), "TIFF")
+    at = black.index(struct.pack("<HHLH", 262, 3, 1, 1)) + 8
+    assert decode_full(black, OPTIONS).min() == 255
+    assert refused(black[:at] + b"\0" + black[at + 1 :]) == "corrupt"
+    byte = encode(Image.new("L", (8, 8), 255), "TIFF")
+    at = byte.index(struct.pack("<HHLH", 262, 3, 1, 1)) + 8
+    assert decode_full(byte[:at] + b"\0" + byte[at + 1 :], OPTIONS).max() == 0
 
 
 def test_a_clear_level_of_a_deep_grey_image_is_white():

@@ -289,7 +289,8 @@ def test_bombs_are_refused_from_the_header(monkeypatch):
 @given(cut=st.floats(0.02, 0.999), progressive=st.booleans(), inks=st.booleans())
 def test_a_cut_jpeg_never_passes(cut, progressive, inks):
     data = encode(picture(96, 64).convert("CMYK" if inks else "RGB"), progressive=progressive)
-    assert refused(data[: int(cut * len(data))]) in ("truncated", "corrupt")
+    end = min(int(cut * len(data)), len(data) - 3)  # what lacks only its end mark is whole
+    assert refused(data[:end]) in ("truncated", "corrupt")
 
 
 @settings(deadline=None, max_examples=60)
