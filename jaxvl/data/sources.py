@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from jaxvl.data.cache import Cache, digest, filesystem, is_remote, locked, reached
+from jaxvl.data.kept import keep, kept
 from jaxvl.data.source import Place, Source
 from jaxvl.data.tarsource import tar_source
 
@@ -118,12 +119,19 @@ def _glyphs(pattern: str, cache: Cache) -> tuple[str, ...]:
     made_by = digest(f"{matplotlib.__version__} {Path(glyphs.__file__).read_text()}")
     folder = Path(cache.folder) / "glyphs" / "-".join([part, *(f"{k}{words[k]}" for k in sorted(words)), made_by[:8]])
     with locked(folder.with_suffix(".lock")):
-        if not folder.is_dir():
+        if kept(folder / "sizes") != _sizes(folder):  # absent, or cut
             partial = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             glyphs.write_shards(partial, part, **{k: int(v) for k, v in words.items()})
+            keep(partial / "sizes", _sizes(partial))
+            shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
     return tuple(sorted(str(f) for f in folder.glob("*.tar")))
+
+
+def _sizes(folder: Path) -> bytes:
+    """Names and bytes of the shards in `folder`."""
+    return repr(sorted((f.name, f.stat().st_size) for f in folder.glob("*.tar"))).encode()
 
 
 def open_source(pattern: str, place: Place) -> Source:

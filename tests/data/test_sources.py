@@ -81,3 +81,6 @@ def test_glyphs_are_rendered_once(tmp_path: Path) -> None:
     assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "glyphs").rglob("*.tar")}
     assert list(read_samples(dataset, range(12))) == list(read_samples(again, range(12)))
     assert len(open_data(options("glyphs://val?size=9", tmp_path))) == 9
+    every = list(read_samples(again, range(12)))
+    os.truncate(next(iter(times)), 3000)
+    assert list(read_samples(open_data(options("glyphs://val?size=12", tmp_path)), range(12))) == every, "rendered again"
