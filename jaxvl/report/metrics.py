@@ -121,7 +121,7 @@ def cut(path: Path, step: int) -> None:
 
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file: whoever reads it, now or after a crash, sees the old text or the new."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may write the same file, such as the table of a sweep
     with open(part, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -22,7 +22,7 @@ def study(folder: Path, trials: int, *, slow: bool = False, **more) -> str:
     file = folder / "study.py"
     file.write_text(
         "from jaxvl.sweep import Choice, Integer, Uniform\nimport runpy\n"
-        f"def get_config():\n    config = runpy.run_path({str(RECIPE)!r})['get_config']()\n    config.train.steps, config.evals.val.every, config.log.every = 8, 2, {40 if slow else 1}\n    return config\n"
+        f"def get_config():\n    config = runpy.run_path({str(RECIPE)!r})['get_config']()\n    config.train.steps, config.optim.warmup_steps, config.evals.val.every, config.log.every = 8, 4, 2, {40 if slow else 1}\n    return config\n"
         f"def sweep():\n    return dict(space={space}, **{body!r})\n"
     )
     return str(file)
