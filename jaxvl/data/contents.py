@@ -1,5 +1,6 @@
 """What the samples of a set hold besides the image: captions in KEY.txt or in a field, a label, or neither; found by looking."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -70,8 +71,12 @@ def _some(source: Source) -> Sequence[Record]:
     """An even choice of samples, without their images."""
     ends = np.cumsum(source.counts)
     chosen = np.unique(np.linspace(0, ends[-1] - 1, LOOKS, dtype=np.int64)) if ends[-1] else np.zeros(0, np.int64)
-    places = ((int(shard), int(n - ends[shard] + source.counts[shard])) for n in chosen for shard in [np.searchsorted(ends, n, "right")])
-    return [record for place in places if isinstance(record := source.read(*place, FIELDS), Record)]
+    records = []
+    for n in chosen:
+        shard = int(np.searchsorted(ends, n, "right"))
+        with contextlib.suppress(OSError):  # a shard that cannot be read is told when it is gone through
+            records.append(source.read(shard, int(n - ends[shard] + source.counts[shard]), FIELDS))
+    return [record for record in records if isinstance(record, Record)]
 
 
 def _is_text(value: Any) -> bool:

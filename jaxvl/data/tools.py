@@ -191,8 +191,8 @@ def _check_shard(opened: Contents, shard: int) -> tuple[dict[int, tuple[str, str
     for row in rows:
         try:
             key, reason, oddity = _check_row(opened, shard, row)
-        except Exception as error:  # whatever is in one shard, the others are checked
-            warnings.warn(f"the rest of shard {opened.source.shards[shard]} cannot be read: {error}", stacklevel=2)
+        except Exception as error:
+            _skipped(opened, shard, error)
             failures |= {later: (f"row {later}", "unreadable") for later in rows[row:]}
             break
         if reason:
@@ -241,19 +241,30 @@ def _look(shared: tuple[list[Contents], int], job: tuple[int, int]) -> list[Look
     """Every so many samples of a shard, those that cannot be used left out."""
     opened, every = shared
     one, shard = opened[job[0]], job[1]
-    rows = []
-    for row in range(0, int(one.source.counts[shard]), every):
-        record = one.source.read(shard, row, Want(captions=one.captions, fields=bool(one.label)))
-        if isinstance(record, Bad):
-            continue
-        try:
-            width, height = decode.probe(record.image, decode_options(DataOptions()))
-        except decode.Undecodable:
-            continue
-        main = record.captions[0] if record.captions else ""
-        caption = (len(main), len(main.split()), len(record.captions), _digest(main.encode())) if main else ()
-        rows.append(Look(len(record.image), width, height, _digest(record.image), caption, word(record.meta.get(one.label))))
+    rows: list[Look] = []
+    try:
+        rows.extend(look for row in range(0, int(one.source.counts[shard]), every) if (look := _look_at(one, shard, row)))
+    except Exception as error:
+        _skipped(one, shard, error)
     return rows
+
+
+def _look_at(one: Contents, shard: int, row: int) -> Look | None:
+    record = one.source.read(shard, row, Want(captions=one.captions, fields=bool(one.label)))
+    if isinstance(record, Bad):
+        return None
+    try:
+        width, height = decode.probe(record.image, decode_options(DataOptions()))
+    except decode.Undecodable:
+        return None
+    main = record.captions[0] if record.captions else ""
+    caption = (len(main), len(main.split()), len(record.captions), _digest(main.encode())) if main else ()
+    return Look(len(record.image), width, height, _digest(record.image), caption, word(record.meta.get(one.label)))
+
+
+def _skipped(opened: Contents, shard: int, error: Exception) -> None:
+    """Say what one shard raised, whatever it is: the others are read all the same."""
+    warnings.warn(f"the rest of shard {opened.source.shards[shard]} cannot be read: {error}", stacklevel=3)
 
 
 def _digest(data: bytes) -> int:

@@ -231,3 +231,8 @@ def test_what_one_shard_raises_is_its_own(
     assert (first["good"], len(first["bad"]["unreadable"])) == (1, 4) and second["good"] == 1
     tools.index([shards], cache=str(tmp_path / "cache"), json=True)
     assert json.loads(capsys.readouterr().out)["shards"][0]["good"] == 5, "and is not recorded"
+    probe = tools.decode.probe
+    monkeypatch.setattr(tools.decode, "probe", lambda image, how: 1 // 0 if image == picture(1) else probe(image, how))
+    with pytest.warns(UserWarning, match=r"the rest of shard .*0000\.tar cannot be read"):
+        tools.stats([shards], cache=str(tmp_path / "cache"), json=True)
+    assert json.loads(capsys.readouterr().out)["looked at"] == 2
