@@ -107,7 +107,7 @@ def test_pictures_asked_by_text(made, opened, capsys):
 
 
 @pytest.mark.parametrize("name", ["lexvla", "clip"])
-def test_a_picture_finds_itself(made, name, capsys):
+def test_a_picture_finds_itself(made, name, tmp_path, capsys):
     asked = made / "pictures" / "deeper" / "01.png"
     assert cli.main(["search", "query", str(made / f"{name}.index"), "--image", str(asked), "--k", "99", "--json"]) == 0
     found = answer(capsys.readouterr().out)["hits"]
@@ -115,6 +115,9 @@ def test_a_picture_finds_itself(made, name, capsys):
     assert [hit["score"] for hit in found] == sorted((hit["score"] for hit in found), reverse=True)
     if name == "clip":  # of unit norm; what is left of a lexical vector is not
         assert found[0]["name"] == str(asked) and found[0]["score"] == pytest.approx(1, abs=1e-5)
+        (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+        assert cli.main(["search", "query", str(made / "clip.index"), "--image", str(tmp_path / "a.jpg")]) == 2
+        assert "a.jpg cannot be decoded: heic: the image is HEIC, a format that is not read" in capsys.readouterr().err
 
 
 def test_backends_agree_and_say_what_they_are(made, capsys):
