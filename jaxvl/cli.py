@@ -6,32 +6,26 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
 
 from jaxvl import faults
-from jaxvl.terminal import guard, tell, visible
+from jaxvl.arguments import Parser, least, place
+from jaxvl.terminal import guard, tell
 
 # Not when the process began: a script that installs and then runs this command with `exec` is one process.
 BEGAN = time.perf_counter()
 DESCRIPTION = "Vision-language pre-training in JAX: train, evaluate, prepare data, measure."
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        super().error(visible(message))
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line of `jaxvl`."""
-    top = _Parser(prog="jaxvl", description=DESCRIPTION)
+    top = Parser(prog="jaxvl", description=DESCRIPTION)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     train = verbs.add_parser(
         "train", help="train, or continue, the run of a config", description="Any --config.KEY=VALUE overrides the config."
     )
     train.add_argument("--config", required=True, help="configs/x.py, or configs/x.py:argument")
-    train.add_argument("--workdir", required=True, type=Path, help="where the run lives; an existing run continues")
+    train.add_argument("--workdir", required=True, type=place, help="where the run lives; an existing run continues")
     train.add_argument("--tiny", action="store_true", help="the same recipe shrunk to two steps of a small model on the embedded set")
     train.add_argument(
         "--coordinator",
@@ -44,24 +38,24 @@ def parser() -> argparse.ArgumentParser:
     evaluate = verbs.add_parser(
         "eval", help="evaluate a run's checkpoint", description="Any --config.evals.KEY=VALUE overrides the run's config."
     )
-    evaluate.add_argument("--workdir", required=True, type=Path, help="of the run")
+    evaluate.add_argument("--workdir", required=True, type=place, help="of the run")
     evaluate.add_argument("--step", type=int, help="which checkpoint (default: the newest whole one)")
     evaluate.add_argument("--ema", action="store_true", help="evaluate the averaged parameters")
 
     bring = verbs.add_parser("import", help="published weights into a folder that config.init reads")
     bring.add_argument("source", help="a folder, an index, a safetensors file, or a name on the Hugging Face hub (NAME@REVISION)")
-    bring.add_argument("--out", required=True, type=Path, help="a new folder")
+    bring.add_argument("--out", required=True, type=place, help="a new folder")
     bring.add_argument(
-        "--heads", type=int, default=0, help="of the towers of an ALBEF or TCL checkpoint (default: one for every 64 channels)"
+        "--heads", type=least(int, 0), default=0, help="of the towers of an ALBEF or TCL checkpoint (default: one for every 64 channels)"
     )
     bring.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="of the parameters (default: the files' own)")
 
     export = verbs.add_parser(
         "export", help="a run's model for other programs", description="Any --config.KEY=VALUE overrides the run's config."
     )
-    export.add_argument("workdir", type=Path, help="of the run")
+    export.add_argument("workdir", type=place, help="of the run")
     export.add_argument("--format", required=True, choices=("hf", "safetensors", "stablehlo", "onnx", "albef", "peft"))
-    export.add_argument("--out", required=True, type=Path, help="a new folder")
+    export.add_argument("--out", required=True, type=place, help="a new folder")
     export.add_argument("--step", type=int, help="which checkpoint (default: the newest whole one)")
     export.add_argument("--ema", action="store_true", help="export the averaged parameters")
 
@@ -70,13 +64,13 @@ def parser() -> argparse.ArgumentParser:
         help="write a page of the words that a lexical model sees in held-out images",
         description="Any --config.evals.KEY=VALUE overrides the run's config.",
     )
-    words.add_argument("workdir", type=Path, help="of the run")
-    words.add_argument("--images", type=int, default=60, help="how many to show")
+    words.add_argument("workdir", type=place, help="of the run")
+    words.add_argument("--images", type=least(int, 1), default=60, help="how many to show")
     words.add_argument("--step", type=int, help="which checkpoint (default: the newest whole one)")
     words.add_argument("--ema", action="store_true", help="show the averaged parameters")
 
     report = verbs.add_parser("report", help="write a run's report.html anew")
-    report.add_argument("workdir", type=Path)
+    report.add_argument("workdir", type=place)
 
     sweep = verbs.add_parser(
         "sweep",
@@ -85,9 +79,9 @@ def parser() -> argparse.ArgumentParser:
     )
     what = sweep.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="configs/sweeps/x.py, or configs/sweeps/x.py:argument: a file with sweep()")
-    what.add_argument("--report", type=Path, metavar="DIR", help="only write the tables and the page of the sweep in DIR anew")
-    sweep.add_argument("--workdir", type=Path, help="where the sweep lives, a folder a trial; an existing sweep continues")
-    sweep.add_argument("--workers", type=int, default=1, help="trials at a time; GPUs are divided among them")
+    what.add_argument("--report", type=place, metavar="DIR", help="only write the tables and the page of the sweep in DIR anew")
+    sweep.add_argument("--workdir", type=place, help="where the sweep lives, a folder a trial; an existing sweep continues")
+    sweep.add_argument("--workers", type=least(int, 1), default=1, help="trials at a time; GPUs are divided among them")
     sweep.add_argument(
         "--slurm",
         nargs="?",
@@ -119,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
         "what",
         help="glyphs, fashion200k:FOLDER, fashioniq:FOLDER, utzap50k:FOLDER, a folder of NAME.jpg|png|webp with NAME.txt or a list, or such a list (.json, .jsonl, .csv, .tsv): Karpathy's splits, COCO's captions, or rows of image, caption, image_id",
     )
-    make.add_argument("--out", required=True, type=Path)
+    make.add_argument("--out", required=True, type=place)
     make.add_argument(
         "--layout",
         default="",
@@ -133,8 +127,8 @@ def parser() -> argparse.ArgumentParser:
     )
     make.add_argument("--images", default="", help="annotation file: folder that its paths are below (default: its own)")
     make.add_argument("--split", default="", help="annotation file: splits to take, such as train,restval (default: all)")
-    make.add_argument("--size", type=int, help="glyphs: number of images")
-    make.add_argument("--per-shard", type=int, default=1000)
+    make.add_argument("--size", type=least(int, 1), help="glyphs: number of images")
+    make.add_argument("--per-shard", type=least(int, 1), default=1000)
 
     search = verbs.add_parser("search", help="index images or texts with a run, ask the index, export it").add_subparsers(
         dest="action", required=True, metavar="ACTION"
@@ -142,14 +136,14 @@ def parser() -> argparse.ArgumentParser:
     embed = search.add_parser(
         "index", help="make an index", description="Any --config.KEY=VALUE overrides the run's config, and is kept with the index."
     )
-    embed.add_argument("run", type=Path, help="workdir of a run, or what `jaxvl export --format safetensors` made of one")
+    embed.add_argument("run", type=place, help="workdir of a run, or what `jaxvl export --format safetensors` made of one")
     embed.add_argument("source", help="a folder of images, shards as in data.source, or a .txt or .jsonl file of texts, one a line")
-    embed.add_argument("--index", required=True, type=Path, help="a new folder")
+    embed.add_argument("--index", required=True, type=place, help="a new folder")
     embed.add_argument("--step", type=int, help="which checkpoint (default: the newest whole one)")
     embed.add_argument("--ema", action="store_true", help="embed with the averaged parameters")
-    embed.add_argument("--batch-size", type=int, default=256)
-    embed.add_argument("--threshold", type=float, help="lexical vectors keep the words above it (default: 1/√V)")
-    embed.add_argument("--active", type=int, default=0, help="lexical vectors keep as many words instead")
+    embed.add_argument("--batch-size", type=least(int, 1), default=256)
+    embed.add_argument("--threshold", type=least(float, 0), help="lexical vectors keep the words above it (default: 1/√V)")
+    embed.add_argument("--active", type=least(int, 0), default=0, help="lexical vectors keep as many words instead")
     embed.add_argument(
         "--pruned",
         type=int,
@@ -166,20 +160,22 @@ def parser() -> argparse.ArgumentParser:
         help="another structure to search with, an extra; may be repeated",
     )
     query = search.add_parser("query", help="ask an index")
-    query.add_argument("index", type=Path)
+    query.add_argument("index", type=place)
     asked = query.add_mutually_exclusive_group(required=True)
     asked.add_argument("--text")
-    asked.add_argument("--image", type=Path)
-    query.add_argument("--k", type=int, default=10, help="hits")
+    asked.add_argument("--image", type=place)
+    query.add_argument("--k", type=least(int, 1), default=10, help="hits")
     query.add_argument("--backend", default="exact", help="exact; lexical: device, two-stage, seismic; dense: faiss")
-    query.add_argument("--run", type=Path, help="that embeds the query, where it is no longer the path that the index was made from")
+    query.add_argument("--run", type=place, help="that embeds the query, where it is no longer the path that the index was made from")
     query.add_argument("--explain", action="store_true", help="lexical: the words that made each score")
     query.add_argument("--json", action="store_true", help="print JSON instead of a table")
     layout = search.add_parser("export", help="an index for another search engine")
-    layout.add_argument("index", type=Path)
+    layout.add_argument("index", type=place)
     layout.add_argument("--format", required=True, choices=("anserini", "qdrant", "opensearch"))
-    layout.add_argument("--out", required=True, type=Path, help="a new folder")
-    layout.add_argument("--scale", type=int, default=10_000, help="anserini: what weights are multiplied by before they are rounded")
+    layout.add_argument("--out", required=True, type=place, help="a new folder")
+    layout.add_argument(
+        "--scale", type=least(int, 1), default=10_000, help="anserini: what weights are multiplied by before they are rounded"
+    )
 
     plan = verbs.add_parser(
         "plan",
@@ -191,12 +187,14 @@ def parser() -> argparse.ArgumentParser:
         "--topology",
         help="v5e:16x16, v5p:4x4x4, v6e:16x16 (compiled for the absent TPU), cpu:8 (compiled for forced devices), h100:8 (a model from shapes)",
     )
-    plan.add_argument("--compiles", type=int, default=3, help="at most so many; all but the first look for the largest batch that fits")
-    plan.add_argument("--limit", type=float, default=1800.0, help="seconds that one compilation may take")
+    plan.add_argument(
+        "--compiles", type=least(int, 1), default=3, help="at most so many; all but the first look for the largest batch that fits"
+    )
+    plan.add_argument("--limit", type=least(float, 1), default=1800.0, help="seconds that one compilation may take")
     plan.add_argument("--estimate", action="store_true", help="model memory and collectives from shapes; nothing is compiled")
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     plan.add_argument(
-        "--table", type=Path, metavar="DIR", help="the large recipes on 8, 64 and 256 chips as a Markdown table; DIR keeps their plans"
+        "--table", type=place, metavar="DIR", help="the large recipes on 8, 64 and 256 chips as a Markdown table; DIR keeps their plans"
     )
 
     bench = verbs.add_parser(
@@ -205,7 +203,9 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("what", choices=("input", "step", "terms", "loss", "rerank", "proxies", "evaluation", "search", "clients"))
     bench.add_argument("--config", help="step, terms, rerank: the config to measure (default: a small built-in one)")
-    bench.add_argument("--rounds", type=int, default=3, help="alternated rounds; medians are reported (step: 0 compiles and runs nothing)")
+    bench.add_argument(
+        "--rounds", type=least(int, 0), default=3, help="alternated rounds; medians are reported (step: 0 compiles and runs nothing)"
+    )
     return top
 
 

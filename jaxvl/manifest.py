@@ -161,11 +161,11 @@ def open_inside(target: Path, name: str) -> io.BufferedReader:
 
 def open_regular(path: Path) -> io.BufferedReader:
     """A regular file, opened to be read. Raises OSError for anything else, without waiting for it."""
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "it is no regular file")
-    return file
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def examine(folder: Path, step: int, share: tuple[int, int] = (0, 1)) -> tuple[Manifest | None, list[str]]:

@@ -25,7 +25,7 @@ from jaxvl.methods.method import for_faces
 from jaxvl.optim import OptimOptions, frozen
 from jaxvl.plan import record
 from jaxvl.progress import say
-from jaxvl.report.metrics import write_atomic
+from jaxvl.report.metrics import read_whole, write_atomic
 from jaxvl.rollback import Skipped, go_back
 from jaxvl.state import samples_seen
 from jaxvl.stopping import end_with_parent, stopping
@@ -211,8 +211,8 @@ def _keep_config(config: ConfigDict, workdir: Path) -> None:
         say(
             "note: the config has passwords or signatures in URLs, which are not kept; what reads the run later has to be given those URLs again"
         )
-    if file.is_file():
-        old, new = (configs.flat(json.loads(text)) for text in (file.read_text(), configs.to_json(config)))
+    if old := read_whole(file, lambda found: configs.flat(dict(found)), {}):
+        new = configs.flat(json.loads(configs.to_json(config)))
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE):
                 say(f"config.{name} was {old.get(name)!r} when this run began and is {new.get(name)!r} now")

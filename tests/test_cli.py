@@ -77,6 +77,30 @@ def test_lost_peers_and_signals_have_a_status_of_their_own(monkeypatch, capsys):
     assert raised(monkeypatch, capsys, KeyboardInterrupt()) == (130, "jaxvl report: interrupted\n")
 
 
+@pytest.mark.parametrize("words, told", [
+    ("search query INDEX --text a --k 0", "--k: '0' is no whole number from 1 on"),
+    ("search query INDEX --text a --k 1e3", "--k: '1e3' is no whole number"),
+    ("search index RUN SOURCE --index NEW --batch-size -3", "--batch-size"),
+    ("search index RUN SOURCE --index NEW --threshold nan", "--threshold: 'nan' is no number from 0 on"),
+    ("search index RUN SOURCE --index NEW --threshold 1e400", "--threshold"),
+    ("search index RUN SOURCE --index NEW --active -1", "--active"),
+    ("search export INDEX --format anserini --out NEW --scale 0", "--scale"),
+    ("words RUN --images 0", "--images"),
+    ("sweep --config x.py --workdir W --workers -1", "--workers"),
+    ("plan --config x.py --topology cpu:8 --limit nan", "--limit"),
+    ("plan --config x.py --topology cpu:8 --compiles 0", "--compiles"),
+    ("bench loss --rounds -1", "--rounds"),
+    ("data make glyphs --out NEW --size 0", "--size"),
+    ("data make glyphs --out NEW --per-shard " + "9" * 5000, "--per-shard"),
+    ("train --config x.py --workdir=", "--workdir: it is empty"),
+    ("export RUN --format hf --out=", "--out: it is empty"),
+])  # fmt: skip
+def test_numbers_and_places_that_cannot_be_meant_are_refused_by_their_flag(capsys, words, told):
+    with pytest.raises(SystemExit) as left:
+        cli.main(words.split())
+    assert left.value.code == 2 and told in capsys.readouterr().err
+
+
 def test_a_reader_that_leaves_is_no_error(tmp_path):
     """`jaxvl ... | head`: quiet, with the status that a shell gives a broken pipe."""
     code = "from jaxvl import cli; cli.RUN['report'] = lambda *_: [print('x' * 99, flush=True) for _ in range(10**5)] and 0; raise SystemExit(cli.main(['report', 'x']))"

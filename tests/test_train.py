@@ -131,3 +131,15 @@ def test_programs_are_kept_with_the_run(tmp_path):
             assert jax.config.jax_compilation_cache_dir == kept
     finally:
         jax.config.update("jax_compilation_cache_dir", told)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", "5"])
+def test_a_damaged_config_of_a_run_that_goes_on_is_set_aside(tmp_path, damage, capfd):
+    """The command's own config is what the run goes on with; the file as it was is kept and named."""
+    (tmp_path / "config.json").write_text(damage)
+    config = configs.load("configs/clip_quickstart.py")
+    train._keep_config(config, tmp_path)
+    assert (tmp_path / "config.json").read_text() == configs.to_json(config, indent=2)
+    assert (tmp_path / "config.json.damaged").read_text() == damage
+    said = capfd.readouterr().err
+    assert "config.json is damaged" in said and "was None" not in said

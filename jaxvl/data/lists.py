@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from jaxvl.data.targroup import IMAGES
+from jaxvl.manifest import open_regular
 
 LISTS = (".csv", ".tsv", ".json", ".jsonl")  # files of rows, by their ending; a .txt is one where its first line names columns
 WIDE = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -51,13 +52,13 @@ def lines(file: IO[bytes], name: object) -> Iterator[tuple[int, str]]:
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number from 1, text) of the lines of a file that are not blank, without their ends."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         yield from ((number, line.rstrip("\r\n")) for number, line in lines(file, path) if line.strip())
 
 
 def read_json(path: Path) -> Any:
     """The value in a file of JSON. Raises ValueError with the line of what is none."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return parse("".join(line for _, line in lines(file, path)), path)
 
 
@@ -85,7 +86,7 @@ def rows(path: Path) -> Iterator[Row]:
     if path.suffix == ".json":
         yield from entries(read_json(path), str(path))
         return
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if path.suffix != ".jsonl":
             yield from _table(lines(file, path), path)
             return

@@ -6,6 +6,7 @@ has no number for is written as the strings "nan", "inf" and "-inf".
 """
 
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxvl.manifest import open_regular
 from jaxvl.progress import say
 
 METRICS = "metrics.jsonl"
@@ -51,7 +53,7 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     if not Path(path).exists():
         return
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with io.TextIOWrapper(open_regular(Path(path)), encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith("\n"):
                 return

@@ -43,6 +43,7 @@ def open_backend(index: Index, name: str, mesh: Mesh) -> Search:
         placed = topk.place(lambda start, stop: rows[start:stop].toarray(), rows.shape[0], rows.shape[1], mesh)
         return lambda queries, k: Hits(*topk.top(placed, queries.toarray(), k))
     if name == "two-stage":
+        index.needs(pruning=Pruning)
         rows, pruned, pruning = vectors(index), csr(index, PRUNED), Pruning(**index.meta["pruning"])
         return lambda queries, k: lexical.two_stage(pruned, rows, queries, k, pruning)
     postings = csr(index, POSTINGS)
@@ -51,13 +52,13 @@ def open_backend(index: Index, name: str, mesh: Mesh) -> Search:
 
 def vectors(index: Index) -> Any:
     """The vectors of the index by item: a csr_array [n, V], or float32 [n, d]."""
-    return csr(index, ROWS) if index.lexical else index.arrays[VECTORS]
+    return csr(index, ROWS) if index.lexical else index.array(VECTORS, index.total, index.meta["width"])
 
 
 def csr(index: Index, name: str) -> sp.csr_array:
     """One of the sparse arrays of a lexical index: ROWS [n, V], POSTINGS or PRUNED [V, n]."""
     shape = (index.total, index.meta["width"])
-    data, indices, ends = (index.arrays[f"{name}.{part}"] for part in ("data", "indices", "ends"))
+    data, indices, ends = (index.array(f"{name}.{part}") for part in ("data", "indices", "ends"))
     return sp.csr_array((data, indices, np.append(0, ends)), shape=shape if name == ROWS else shape[::-1])
 
 

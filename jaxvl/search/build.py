@@ -38,6 +38,8 @@ def main(run: Path, source: str, out: Path, overrides: Sequence[str], *, step: i
     opened = open_run(run, overrides, step=step, ema=ema)
     lexicals = bool(opened.pieces)
     kind = "lexical" if lexicals else "dense"
+    if threshold is not None and active:
+        raise ValueError("--threshold and --active are two ways to choose the words of a vector; give one of them")
     if not lexicals and (threshold is not None or active):
         raise ValueError(f"--threshold and --active choose words of lexical vectors; those of {run} are dense")
     for name in also:
@@ -110,6 +112,8 @@ def write(
         raise ValueError("there is nothing to index: no item can be used")
     kind = "lexical" if sparse_rows else "dense"
     meta = {**meta, "kind": kind, "total": count, "width": width, "dtype": "float32", "also": sorted(also)}
+    if sparse_rows and not entries:
+        raise ValueError("no vector has a word that is kept, so nothing could be found: lower --threshold")
     if sparse_rows:
         meta |= {"pruning": pruning._asdict(), "entries": entries}
         say(f"inverting {entries:,} entries, {entries / count:,.1f} a vector")

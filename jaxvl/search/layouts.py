@@ -27,6 +27,8 @@ FIELD = "words"
 def main(folder: Path, kind: str, out: Path, scale: int) -> int:
     """Write the index in `folder` as `kind` into the new folder `out`, which appears when it is whole. Raises ValueError and FileExistsError."""
     index = open_index(folder)
+    if index.lexical:
+        index.needs(pieces=list)
     if scale < 1:
         raise ValueError(f"--scale is {scale}; weights are multiplied by it and rounded, so it must be at least 1")
     if kind == "anserini" and not index.lexical:
@@ -39,8 +41,11 @@ def main(folder: Path, kind: str, out: Path, scale: int) -> int:
 
 
 def quantised(weights: np.ndarray, scale: int) -> np.ndarray:
-    """Whole numbers for weights: round(scale · w), halves to even; int64."""
-    return np.rint(weights.astype(np.float64) * scale).astype(np.int64)
+    """Whole numbers for weights: round(scale · w), halves to even; int64. Raises ValueError above what 32 bits hold, which is what Lucene counts with."""
+    whole = np.rint(weights.astype(np.float64) * scale)
+    if whole.size and whole.max() >= 2**31:
+        raise ValueError(f"--scale is {scale}, which makes {whole.max():.3g} of a weight; whole numbers have 32 bits there")
+    return whole.astype(np.int64)
 
 
 def _anserini(index: Index, out: Path, scale: int) -> None:

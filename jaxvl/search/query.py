@@ -11,6 +11,7 @@ import numpy as np
 from jaxvl.data.decode import Undecodable
 from jaxvl.data.text import Cleaning
 from jaxvl.evals.embed import Model, embed_image, embed_texts
+from jaxvl.manifest import open_regular
 from jaxvl.search import lexical
 from jaxvl.search.backends import open_backend, vectors
 from jaxvl.search.build import Sparsity, sparsified, told
@@ -37,10 +38,13 @@ def main(
     index = open_index(folder)
     if explain and not index.lexical:
         raise ValueError(f"--explain tells scores by words, and the vectors of {folder} are dense")
+    index.needs(run=str, overrides=list, ema=bool, what=str, **Identity.__annotations__)
+    if "cleaning" in index.meta:  # which older ones lack
+        index.needs(cleaning=Cleaning)
+    if index.lexical:
+        index.needs(pieces=list, sparsity=Sparsity)
     run = run or Path(index.meta["run"])
-    opened = open_run(
-        run, index.meta["overrides"], step=None if "weights" in index.meta and _exported(run) else index.step, ema=index.meta["ema"]
-    )
+    opened = open_run(run, index.meta["overrides"], step=None if _exported(run) else index.step, ema=index.meta["ema"])
     same(opened.identity, Identity(**{field: index.meta[field] for field in Identity._fields}), run, folder)
     with jax.set_mesh(opened.model.mesh):
         query = embed(index, opened.model, text, image)
@@ -72,7 +76,8 @@ def embed(index: Index, model: Model, text: str | None, image: Path | None) -> A
         out = embed_texts(model, [text or ""], 1, Cleaning(**index.meta.get("cleaning", {})))
     else:
         try:
-            out = embed_image(model, image.read_bytes())[None]
+            with open_regular(image) as file:
+                out = embed_image(model, file.read())[None]
         except Undecodable as error:
             raise ValueError(f"{image} cannot be decoded: {error}") from None
     return sparsified(out, Sparsity(**index.meta["sparsity"])) if index.lexical else out

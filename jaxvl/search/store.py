@@ -37,8 +37,30 @@ class Index(NamedTuple):
 
     def name(self, item: int) -> str:
         """What an item is called: the place of an image, or a text itself."""
-        ends, blob = self.arrays[f"{NAMES}.ends"], self.arrays[NAMES]
+        ends, blob = self.array(f"{NAMES}.ends"), self.array(NAMES)
         return bytes(blob[ends[item - 1] if item else 0 : ends[item]]).decode()
+
+    def array(self, name: str, *shape: int) -> np.ndarray:
+        """An array by its file's name. Raises DamagedError where the index has none, or one of another `shape`."""
+        found = self.arrays.get(name)
+        if found is None or (shape and found.shape != shape):
+            raise DamagedError(
+                f"{self.folder}: the index is damaged, its {name} is {'missing' if found is None else f'of shape {found.shape}'}; index anew"
+            )
+        return found
+
+    def needs(self, **kinds: type) -> None:
+        """Raises DamagedError where its meta lacks a key, or has it of another kind; of an options tuple its fields."""
+        for key, kind in kinds.items():
+            value: Any = self.meta.get(key)
+            if fields := getattr(kind, "_fields", None):
+                good = isinstance(value, dict) and value.keys() == set(fields)
+            else:
+                good = type(value) is kind
+            if not good:
+                raise DamagedError(
+                    f"{self.folder}: the index is damaged or of another version, {key!r} of its {manifest.FILE} is missing or malformed; index anew"
+                )
 
 
 class Draft:
@@ -119,8 +141,20 @@ def open_index(folder: Path) -> Index:
     arrays = {}
     for name, text in found.leaves.items():
         dtype, _, shape = text.rstrip("]").partition("[")
-        arrays[name] = _mapped(folder / name, np.dtype(dtype), tuple(map(int, shape.split(","))))
-    return Index(folder, found.step, found.meta, found.metrics, arrays)
+        try:
+            arrays[name] = _mapped(folder / name, np.dtype(dtype), tuple(map(int, shape.split(","))))
+        except (ValueError, TypeError) as error:  # no dtype, no shape, or more of them than the file has bytes
+            raise DamagedError(f"{folder}: the index is damaged, {name} cannot hold {text} ({error})") from None
+    index = Index(folder, found.step, found.meta, found.metrics, arrays)
+    index.needs(total=int, width=int, also=list)
+    index.array(f"{NAMES}.ends", index.total)
+    if index.lexical and "pieces" in index.meta:
+        index.needs(pieces=list)
+        if len(index.meta["pieces"]) != index.meta["width"]:
+            raise DamagedError(
+                f"{folder}: the index is damaged, it has {len(index.meta['pieces'])} words for vectors of {index.meta['width']}"
+            )
+    return index
 
 
 def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

@@ -12,7 +12,7 @@ from jaxvl import cli
 from jaxvl.data.composed_sets import make_set
 from jaxvl.data.dataset import open_data, read_samples
 from jaxvl.data.layouts import make_classes
-from jaxvl.data.lists import rows, text_lines
+from jaxvl.data.lists import read_json, rows, text_lines
 from jaxvl.data.make import make_annotated, make_shards
 
 E = "caf\u00e9"
@@ -218,3 +218,14 @@ def test_a_composed_set_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
             make_set("fashion200k", raw, tmp_path / "deep" / "out", "train", 1)
     assert not (tmp_path / "deep").exists()
     assert len(make_set("fashion200k", raw, tmp_path / "deep" / "out", "train", 1)[0]) == 2
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.json", "x.jsonl", "x.txt"])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, name):
+    """A pipe that nobody writes to, and a folder."""
+    os.mkfifo(tmp_path / name)
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / name, tmp_path / "folder"):
+        for read in (rows, text_lines, lambda path: [read_json(path)]):
+            with pytest.raises(OSError, match=f"no regular file: '{path}'"):
+                list(read(path))

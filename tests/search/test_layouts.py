@@ -1,16 +1,19 @@
 """What `jaxvl search export` writes, read back: the same words, weights within the quantisation, the same order."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from jaxvl import cli
+from jaxvl import cli, manifest
+from jaxvl.manifest import DamagedError
 from jaxvl.mesh import MeshOptions, make_mesh
 from jaxvl.search import build, lexical, store
 from jaxvl.search.backends import vectors
 from jaxvl.search.lexical import Pruning
+from jaxvl.search.store import open_index
 
 PIECES = ("red", "▁dog", "##s", "ünder", "two words", "x")
 
@@ -113,6 +116,37 @@ def test_dense_vectors(rows, tmp_path, capsys):
     assert "the vectors of" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("key, value, told", [
+    ("total", 99, "names.ends is of shape"), ("total", "9", "'total'"), ("also", None, "'also'"), ("width", "x", "'width'"),
+    ("pieces", ["a"], "1 words for vectors of"), ("pieces", 5, "'pieces'"), ("kind", "dense", "vectors is missing"),
+])  # fmt: skip
+def test_an_index_of_another_form_is_refused(index, tmp_path, capsys, key, value, told):
+    """Its bytes are those that were hashed; what they mean is not what an index has."""
+    copy = tmp_path / "index"
+    shutil.copytree(index.folder, copy)
+    (copy / manifest.FILE).unlink()
+    manifest.write(copy, index.step, {**index.meta, key: value}, index.measured, manifest.read_at(index.folder).leaves)
+    assert cli.main(["search", "export", str(copy), "--format", "qdrant", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert told in said and "damaged" in said and str(copy) in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["foo[3]", "float32[3000]"])
+def test_an_array_that_its_file_cannot_hold_is_refused(index, tmp_path, text):
+    copy = tmp_path / "index"
+    shutil.copytree(index.folder, copy)
+    (copy / manifest.FILE).unlink()
+    manifest.write(copy, index.step, index.meta, index.measured, {**manifest.read_at(index.folder).leaves, "rows.data": text})
+    with pytest.raises(DamagedError, match="rows.data cannot hold"):
+        open_index(copy)
+
+
+def test_weights_that_need_more_than_32_bits_are_refused(index, tmp_path, capsys):
+    assert cli.main(["search", "export", str(index.folder), "--format", "anserini", "--out", str(tmp_path / "o"), "--scale", "9" * 20]) == 2
+    assert "32 bits" in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
 def test_what_a_model_may_not_give_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not finite"):
         make_index(tmp_path / "a", np.full((3, 2), np.nan, np.float32))
@@ -120,6 +154,10 @@ def test_what_a_model_may_not_give_is_refused(tmp_path):
         build.sparsified(np.array([[0.5, -0.1]], np.float32), build.Sparsity(0.1))
     with store.drafting(tmp_path / "b") as draft, pytest.raises(ValueError, match="nothing to index"):
         build.write(draft, tmp_path / "b", [], {}, 0, pruning=Pruning(), also=(), mesh=make_mesh(MeshOptions()))
+    with store.drafting(tmp_path / "c") as draft, pytest.raises(ValueError, match="lower --threshold"):
+        build.write(
+            draft, tmp_path / "c", [(sp.csr_array((2, 3)), ["a", "b"])], {}, 0, pruning=Pruning(), also=(), mesh=make_mesh(MeshOptions())
+        )
     assert list(tmp_path.iterdir()) == []
 
 
