@@ -70,7 +70,7 @@ def programs(model: Any, kind: str) -> str:
     title, what, code = {
         "stablehlo": (
             "StableHLO",
-            "on cpu, cuda and tpu. Each takes the tensors of `model.safetensors` that begin with its name.",
+            "on cpu, cuda and tpu. Each takes some tensors of `model.safetensors`, which it names.",
             _STABLEHLO,
         ),
         "onnx": ("ONNX", "with the parameters inside.", _ONNX),
@@ -209,7 +209,8 @@ params = load_file(folder + "/model.safetensors")
 
 def embed(name, inputs):
     program = jax.export.deserialize(bytearray(open(f"{{folder}}/{{name}}.stablehlo", "rb").read()))
-    return program.call({{k: v for k, v in params.items() if k.startswith(name + "/")}}, inputs)
+    (named, _), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+    return program.call({{k: params[k] for k in named}}, inputs)
 
 similarity = embed("text", tokens) @ embed("image", pixels).T"""
 

@@ -60,6 +60,10 @@ def run(parts: Any, found: Any, kind: str, out: Path, memory: Any = None) -> int
     Prints the largest difference between embeddings of the exported model and of ours on random input. `out` appears when it
     is whole and within tolerance; raises ValueError where it is not, or where the run cannot be written in this format.
     """
+    if parts.tokenizer is None:
+        raise ValueError(
+            f"the method {parts.recipe.method.name} reads no captions, and what is exported embeds images and captions: use the run itself"
+        )
     with new_folder(out) as partial:
         model = _model(parts, found)._replace(memory=memory)
         with jax.default_matmul_precision("highest"):
@@ -138,27 +142,28 @@ def _safetensors(model: Model, folder: Path) -> dict[str, float]:
 
 
 def _stablehlo(model: Model, folder: Path) -> dict[str, float]:
-    """{image,text}.stablehlo: serialised jax.export programs of ({name: array}, inputs) -> embeddings float32 [batch, width]."""
+    """{image,text}.stablehlo: serialised jax.export programs of ({name: array}, inputs) -> embeddings float32 [batch, width].
+
+    Which names is in the program's own in_tree."""
     if importlib.util.find_spec("flatbuffers") is None:
         raise ValueError("flatbuffers is not installed, in which jax.export writes programs: pip install flatbuffers")
     _write_params(model, folder)
-    flat = _flat(model.params)
-    shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}
     images, tokens = random_input(model)
-    batch = jax.export.symbolic_shape("batch")
-    programs = []
+    (batch,) = jax.export.symbolic_shape("batch")
+    stored = {path: tensors.read(tensor) for path, tensor in tensors.find(folder).items()}
+    made = []
     for name, inputs in (("image", images), ("text", tokens)):
-        face = getattr(model.plain, f"embed_{name}")
-        whole = lambda p, x, face=face: face(flax.traverse_util.unflatten_dict(p, sep="/"), x)
-        used = {path: shape for path, shape in shapes.items() if path.startswith(name + "/")}
-        made = jax.export.export(jax.jit(whole), platforms=PLATFORMS)(used, jax.ShapeDtypeStruct((*batch, *inputs.shape[1:]), inputs.dtype))
-        (folder / f"{name}.stablehlo").write_bytes(made.serialize())
-        read = jax.export.deserialize(bytearray((folder / f"{name}.stablehlo").read_bytes()))
-        programs.append(lambda p, x, read=read, start=name + "/": read.call({k: v for k, v in p.items() if k.startswith(start)}, x))
+        face, read = _face(model, name, inputs)
+        shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in read.items()}
+        program = jax.export.export(jax.jit(face), platforms=PLATFORMS)(
+            shapes, jax.ShapeDtypeStruct((batch, *inputs.shape[1:]), inputs.dtype)
+        )
+        (folder / f"{name}.stablehlo").write_bytes(program.serialize())
+        whole = jax.export.deserialize(bytearray((folder / f"{name}.stablehlo").read_bytes()))
+        made.append(whole.call({path: stored[path] for path in read}, inputs))
     _preparation(model, folder)
     (folder / "README.md").write_text(cards.programs(model, "stablehlo"))
-    stored = {k: tensors.read(v) for k, v in tensors.find(folder).items()}
-    return {"jax.export": _difference(model.ours(images, tokens), (programs[0](stored, images), programs[1](stored, tokens)))}
+    return {"jax.export": _difference(model.ours(images, tokens), tuple(made))}
 
 
 def _onnx(model: Model, folder: Path) -> dict[str, float]:
@@ -166,12 +171,22 @@ def _onnx(model: Model, folder: Path) -> dict[str, float]:
     onnx.check_installed()
     images, tokens = random_input(model)
     made = [
-        onnx.write(folder / f"{name}.onnx", getattr(model.plain, f"embed_{name}"), {name: model.params[name]}, inputs)
-        for name, inputs in (("image", images), ("text", tokens))
+        onnx.write(folder / f"{name}.onnx", *_face(model, name, inputs), inputs) for name, inputs in (("image", images), ("text", tokens))
     ]
     _preparation(model, folder)
     (folder / "README.md").write_text(cards.programs(model, "onnx"))
     return {"onnxruntime": _difference(model.ours(images, tokens), (made[0](images), made[1](tokens)))}
+
+
+def _face(model: Model, name: str, inputs: np.ndarray) -> tuple[Callable[[dict[str, Any], Any], jax.Array], dict[str, np.ndarray]]:
+    """An embedding function of flat parameters, and those that it takes: its tower's, and what it reads besides, such as projections and adapters."""
+    plain: Any = model.plain
+    face, flat = getattr(plain, f"embed_{name}"), _flat(model.params)
+    whole = lambda params, x: face(flax.traverse_util.unflatten_dict({**flat, **params}, sep="/"), x)
+    traced = jax.make_jaxpr(whole)(flat, inputs).jaxpr
+    read = {id(v) for equation in traced.eqns for v in equation.invars} | {id(v) for v in traced.outvars}
+    taken = zip(sorted(flat), traced.invars, strict=False)  # the last is the inputs
+    return whole, {path: flat[path] for path, v in taken if id(v) in read or path.startswith(name + "/")}
 
 
 def _preparation(model: Model, folder: Path) -> None:

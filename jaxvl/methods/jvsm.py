@@ -130,7 +130,7 @@ def build(image: Any, text: Any, options: JvsmOptions = JvsmOptions()) -> Method
     def say(params: dict, tokens: jax.Array, key: jax.Array | None) -> jax.Array:
         """s [b, levels, E]."""
         out: Any = language.apply({"params": params["text"]}, tokens, rngs=rngs(key))
-        return out.pooled.reshape(len(tokens), levels, o.width)
+        return out.pooled.reshape(tokens.shape[0], levels, o.width)
 
     def join(
         params: dict, stats: dict, v: jax.Array, maps: Any, s: jax.Array, valid: Any, key: jax.Array | None, train: bool
@@ -207,7 +207,7 @@ def build(image: Any, text: Any, options: JvsmOptions = JvsmOptions()) -> Method
 
     def unit(x: jax.Array) -> jax.Array:
         """Levels [b, levels, E] made unit vectors, side by side, as one unit vector."""
-        return (normalise(x) / jnp.sqrt(jnp.float32(levels))).reshape(len(x), -1)
+        return (normalise(x) / jnp.sqrt(jnp.float32(levels))).reshape(x.shape[0], -1)
 
     def compose(params: dict, images: jax.Array, tokens: jax.Array) -> jax.Array:
         stats = params.get("batch_stats", {})

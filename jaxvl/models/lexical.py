@@ -32,6 +32,7 @@ Activation = Literal["elu1p", "log1p_relu", "relu"]
 Layout = Literal["block_mlp", "attn_mlp"]
 BATCH = ("data", "fsdp")
 ELEMENTS = 1 << 23  # of a block of logits on one device
+OPEN = 64  # images that blocks are made for where the batch size is open, as in an exported program
 
 
 def vectors(logits: jax.Array, activation: str = "elu1p", entries: int = 0) -> jax.Array:
@@ -70,7 +71,7 @@ def _forward(z: jax.Array, codebook: jax.Array) -> tuple:
     (B, n, d), V = z.shape, len(codebook)
     batch, words = _splits(B, V)
     z, Z = _pin(z, BATCH), _pin(codebook, "tensor").reshape(words, V // words, d)
-    count, rows = _blocks(V // words, B // batch * n)
+    count, rows = _blocks(V // words, (B // batch if isinstance(B, int) else OPEN) * n)
     wide = jnp.promote_types(jnp.float32, z.dtype)
 
     def block(i: jax.Array, found: tuple) -> tuple:

@@ -15,8 +15,10 @@ from jaxvl import config as configs
 from jaxvl.checkpoint import Restored
 from jaxvl.data.text import TokenizerOptions, train_tokenizer
 from jaxvl.interop import export, hugging_face, tensors
+from jaxvl.methods.method import Run
 from jaxvl.models import lora
 from jaxvl.parts import assemble
+from jaxvl.tiny import shrink
 
 SIZES = dict(variant="", width=16, depth=2, heads=2, mlp_dim=32, dtype="float32")
 CLIP = dict(image=dict(patch=8, pre_norm=True, act="quick_gelu"), text=dict(act="quick_gelu"))
@@ -42,9 +44,13 @@ def made(tokenizer, image, text, method=None, **sections):
     plain = dict(method=method or dict(name="clip", width=8), image={**SIZES, **image}, text={**SIZES, **text}, train=dict(batch_size=8, steps=2),
                  data=dict(source="glyphs://train?size=8", image_size=32), tokenizer=dict(context_length=8), **sections)  # fmt: skip
     parts = assemble(configs.read(configs.complete(ConfigDict(plain))), tokenizer)
+    return parts, Restored(7, random_params(parts), {})
+
+
+def random_params(parts):
     shapes, _ = jax.eval_shape(lambda key: parts.method.init(key, parts.spec), jax.random.key(0))
     rng = np.random.default_rng(1)
-    return parts, Restored(7, jax.tree.map(lambda p: np.asarray(0.3 * rng.standard_normal(p.shape), p.dtype), shapes), {})
+    return jax.tree.map(lambda p: np.asarray(0.3 * rng.standard_normal(p.shape), p.dtype), shapes)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -126,6 +132,27 @@ def test_stablehlo_runs_at_any_batch_size(tokenizer, tmp_path):
     params = {k: tensors.read(v) for k, v in tensors.find(tmp_path / "out").items() if k.startswith("image/")}
     images = np.random.default_rng(3).standard_normal((3, 32, 32, 3)).astype(np.float32)
     np.testing.assert_allclose(program.call(params, images), parts.method.embed_image(found.state, jnp.asarray(images)), atol=1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flatbuffers") is None, reason="flatbuffers is not installed: pip install flatbuffers")
+@pytest.mark.parametrize(
+    "name", ["tcl_small", *(pytest.param(name, marks=pytest.mark.long) for name in ("codis_small", "lexvla_mini", "jvsm_small"))]
+)
+def test_programs_of_every_method_take_what_they_read(name, tmp_path, capfd):
+    """Projections, adapters and codebooks lie outside the towers."""
+    recipe = configs.read(shrink(configs.load(f"configs/{name}.py", []), devices=1))
+    tokenizer = train_tokenizer(["a green circle", "two letters"], recipe.tokenizer)
+    parts = assemble(recipe, tokenizer)
+    export.run(parts, Restored(7, random_params(parts), {}), "stablehlo", tmp_path / "out")
+    assert "stablehlo read by jax.export" in capfd.readouterr().err
+
+
+def test_a_run_without_captions_is_refused(tmp_path):
+    recipe = configs.read(shrink(configs.load("configs/hpl_small.py", []), devices=1))
+    parts = assemble(recipe, None, Run(classes=6))
+    with pytest.raises(ValueError, match="the method hpl reads no captions"):
+        export.run(parts, Restored(7, {}, {}), "safetensors", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("sections, words", [
