@@ -24,7 +24,7 @@ CAPTIONS = (
     "title",
     "prompt",
 )  # the usual names of fields
-LABELS = ("cls", "class", "label", "class_name", "category", "species", "target")
+LABELS = ("cls", "class", "label", "class_name", "class_id", "category", "category_id", "species", "target")
 
 
 class Contents(NamedTuple):

@@ -1,6 +1,7 @@
 """Prepared TFDS data, written and read here without TensorFlow."""
 
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxvl.data import tools
 from jaxvl.data.stream import eval_batches, open_data, read_samples, train_batches
 from tests.data.shards import Letters, number_of, options, picture
 
@@ -154,7 +156,9 @@ def metric_learning_set(called: str, folder: Path) -> Path:
         ("stanford_online_products", "", "class_id", "super_class_id", ("1",)),
     ],
 )
-def test_prepared_metric_learning_sets(name: str, query: str, label: str, hierarchy: str, groups: tuple[str, ...], tmp_path: Path) -> None:
+def test_prepared_metric_learning_sets(
+    name: str, query: str, label: str, hierarchy: str, groups: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     root = metric_learning_set(name, tmp_path / "tfds")
     both = tuple(f"tfds://{root}/{split}{query}" for split in ("train", "test"))
     how = {"captions": "none", "label": label, "classes": "first", "hierarchy": hierarchy, "levels": (0,)}
@@ -164,4 +168,9 @@ def test_prepared_metric_learning_sets(name: str, query: str, label: str, hierar
     assert batch.arrays["valid"].all() and len(dataset) == 4
     other = open_data(options(both, tmp_path, **{**how, "classes": "second"}))
     assert not set(other.classes) & set(dataset.classes) and len(other) == 4
-    assert "tensorflow" not in sys.modules
+    for verb in (tools.check, tools.stats):
+        capsys.readouterr()
+        assert verb(both, cache=str(tmp_path / "cache"), json=True) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report.get("good", report.get("samples")) == 8 and report["bad"] == 0 and len(report["contents"]) == 2
+    assert report["labels"] == 4 and "tensorflow" not in sys.modules
