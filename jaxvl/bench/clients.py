@@ -4,8 +4,10 @@ Models of every shape that transformers has a class for, small and with random w
 same files from disk and the same strings. The tables hold 1 - cos between its embedding and ours.
 """
 
+import contextlib
 import functools
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,7 +73,7 @@ def main(config: str | None, overrides: Sequence[str], *, rounds: int) -> int:
     del rounds
     if config or overrides:
         raise ValueError("bench clients measures models of its own: it takes neither --config nor overrides")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):  # exports print their folders
         files = write_files(Path(scratch), SIZE)
         found = {name: measure(exported(name, Path(scratch) / str(i)), files, STRINGS) for i, name in enumerate(FAMILIES)}
     tell(tables(found))
