@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, features
 
 JP2, JXL = b"\0\0\0\x0cjP  \r\n\x87\n", b"\0\0\0\x0cJXL \r\n\x87\n"
 
@@ -102,4 +102,4 @@ def told(word: str) -> str:
 @functools.cache
 def _readable_avif() -> str:
     Image.init()
-    return "AVIF" if "AVIF" in Image.OPEN else "avif"
+    return "AVIF" if "AVIF" in Image.OPEN and features.check("avif") else "avif"
