@@ -1,6 +1,8 @@
 """What an error means for the person who meets it: one sentence for what a user can cause and mend, nothing for a fault of the program."""
 
+import os
 import re
+import traceback
 
 # What XLA says of a lost peer or device, at times in a ValueError: nothing that a person can mend in a config, and a restart may.
 RUNTIME = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|DATA_LOSS): ")
@@ -46,6 +48,17 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, RuntimeError) and MEMORY.search(text):
         first = text.splitlines()[0]
         return f"a device has too little memory: {first}; lower train.batch_size, raise train.accumulate or split more (`jaxvl plan` tells what a step needs)"
-    if isinstance(error, RuntimeError) and "initialize backend" in text:
-        return f"JAX cannot use the device that was asked for: {text.splitlines()[0]}; unset JAX_PLATFORMS, or install jax for it (pip install 'jax[cuda12]')"
+    if _no_backend(error):
+        asked = text.splitlines()[0] if text else f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}, and there is none"
+        return (
+            f"JAX cannot use the device that was asked for: {asked}; unset JAX_PLATFORMS, or install jax for it (pip install 'jax[cuda12]')"
+        )
     return ""
+
+
+def _no_backend(error: BaseException) -> bool:
+    """Whether JAX has started no backend, of which it says nothing where JAX_PLATFORMS names one that this installation has no plugin for."""
+    if isinstance(error, RuntimeError):
+        return "initialize backend" in str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, AssertionError) and bool(frames) and frames[-1].filename.endswith("jax/_src/xla_bridge.py")

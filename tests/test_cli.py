@@ -71,6 +71,15 @@ def test_a_fault_of_the_program_shows_where(monkeypatch, capsys, error):
     assert status == 1 and "Traceback" in told
 
 
+def test_a_platform_that_is_not_installed_is_named(monkeypatch, capsys):
+    """With JAX_PLATFORMS=cuda and no plugin for CUDA, JAX has nothing but a failed assertion."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setitem(cli.RUN, "report", lambda *_: exec(compile("assert False", "/x/jax/_src/xla_bridge.py", "exec")))
+    assert cli.main(["report", "x"]) == 2
+    said = capsys.readouterr().err
+    assert "JAX_PLATFORMS is 'cuda', and there is none" in said and "Traceback" not in said
+
+
 def test_lost_peers_and_signals_have_a_status_of_their_own(monkeypatch, capsys):
     """Launchers start a run again for some, and not for others."""
     assert raised(monkeypatch, capsys, ValueError("UNAVAILABLE: connection reset by peer"))[0] == 1

@@ -27,6 +27,9 @@ from jaxvl.terminal import table, tell
 SHOWN = 40  # shards of a table; the sum has them all
 SAMPLED = 100_000  # samples that stats looks into
 OF_FIELDS = ("unlabelled", "nocaption", "unreadable")  # what --record leaves alone: it depends on the field asked for, or on the disk
+READS = {  # the options of `data make` by what is made
+    "set": ("part", "per-shard"), "glyphs": ("part", "size"), "list": ("images", "split", "per-shard"), "layout": ("layout", "part", "per-shard"), "folder": ("per-shard", "layout")
+}  # fmt: skip
 PROCESSES_FROM = 2_000  # samples below which starting processes costs more than it saves
 QUANTILES = {"least": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "most": 1.0}
 
@@ -107,7 +110,7 @@ def stats(paths: Sequence[str], json: bool = False, indexes: str = "", cache: st
         for sentence in _told(opened, REASONS):
             tell(sentence)
         _print_stats(report)
-    return 0 if good else 1
+    return 0 if rows else 1
 
 
 def make(
@@ -131,28 +134,33 @@ def make(
 
     name, _, folder = what.partition(":")
     if folder and name in composed_sets.SETS:
+        kind = "set"
+    elif what == "glyphs":
+        kind = "glyphs"
+    else:
+        kind = "list" if what.endswith(LISTS) else "layout" if layout else "folder"
+    given = {
+        "part": part != "train",
+        "size": size is not None,
+        "per-shard": per_shard != 1000,
+        "images": images,
+        "split": split,
+        "layout": layout,
+    }
+    if strange := [option for option, value in given.items() if value and option not in READS[kind]]:
+        raise ValueError(f"--{strange[0]} is not for {what!r}, which takes {', '.join(f'--{option}' for option in READS[kind])}")
+    if kind == "set":
         shards, missing = composed_sets.make_set(name, Path(folder), Path(out), part, per_shard)
         tell(f"{len(shards)} shards in {out}; {len(missing)} images are missing, {part}-missing.txt lists them")
         return 0
-    annotated = what.endswith(LISTS)
-    if (images or split) and not annotated:
-        raise ValueError(f"images and split are for an annotation file ({', '.join(LISTS)}), which {what!r} is not")
-    if annotated:
-        if size is not None or part != "train":
-            raise ValueError("part and size are for glyphs; of an annotation file the split is chosen")
+    if kind == "list":
         splits = tuple(s for s in split.split(",") if s)
         shards, left_out = make_annotated(Path(what), Path(images) if images else Path(what).parent, Path(out), per_shard, splits)
-    elif what == "glyphs":
-        if per_shard != glyphs.SHARD:
-            raise ValueError(f"glyphs come in shards of {glyphs.SHARD}; {per_shard} a shard is for folders")
+    elif kind == "glyphs":
         shards, left_out = glyphs.write_shards(out, part, size), list[str]()
-    elif layout:
-        if size is not None:
-            raise ValueError("size is for glyphs; a set is written whole")
+    elif kind == "layout":
         shards, left_out = make_classes(layout, Path(what), Path(out), part, per_shard)
     else:
-        if size is not None or part != "train":
-            raise ValueError("part and size are for glyphs; a folder is written whole")
         shards, left_out = make_shards(Path(what), Path(out), per_shard)
     for path in left_out:
         tell(f"left out, {'missing' if layout else 'no caption'}: {path}")

@@ -67,7 +67,7 @@ def topology(text: str) -> Topology:
     if name not in CHIPS:
         near = difflib.get_close_matches(name, CHIPS, 1)
         raise ValueError(
-            f"--topology={text}: no chip is called {name!r}{f'; did you mean {near[0]!r}?' if near else ''} There are {', '.join(CHIPS)}"
+            f"--topology={text}: no chip is called {name!r}{f'; did you mean {near[0]!r}?' if near else ''}; there are {', '.join(CHIPS)}"
         )
     chip = CHIPS[name]
     example = f"{name}:{'x'.join(['4'] * chip.dims) if chip.dims > 1 else 8}"

@@ -70,8 +70,8 @@ def test_what_is_wrong_is_told_before_anything_is_written(tmp_path, images):
     for words, call in (
         ("has no split 'dev'; it has restval, test, train, val", lambda: make_annotated(file, images, tmp_path / "out", 5, ("dev",))),
         ("4 of 4 images .* val2014/0.png is the first", lambda: make_annotated(file, tmp_path, tmp_path / "out", 5)),
-        ("for an annotation file", lambda: make(str(images), tmp_path / "out", split="train")),
-        ("part and size are for glyphs", lambda: make(str(file), tmp_path / "out", size=3)),
+        ("--split is not for .* takes --per-shard, --layout", lambda: make(str(images), tmp_path / "out", split="train")),
+        ("--size is not for .* takes --images, --split, --per-shard", lambda: make(str(file), tmp_path / "out", size=3)),
     ):
         with pytest.raises(ValueError, match=words):
             call()

@@ -143,8 +143,12 @@ def test_make_glyphs_and_what_cannot_be_made(tmp_path: Path) -> None:
     for what, message, more in (
         ("nowhere", "is not a folder", {}),
         (str(tmp_path / "bare"), "1 images, none with a NAME.txt", {}),
-        (str(tmp_path / "bare"), "part and size are for glyphs", {"size": 3}),
-        ("glyphs", "shards of 1000", {"per_shard": 5}),
+        (str(tmp_path / "bare"), "--size is not for", {"size": 3}),
+        (str(tmp_path / "bare"), "--part is not for .* takes --per-shard, --layout", {"part": "test"}),
+        ("glyphs", "--per-shard is not for 'glyphs', which takes --part, --size", {"per_shard": 5}),
+        ("glyphs", "--layout is not for", {"layout": "sop"}),
+        ("fashion200k:bare", "--images is not for", {"images": "x"}),
+        ("x.csv", "--layout is not for", {"layout": "sop"}),
     ):
         with pytest.raises(ValueError, match=message):
             tools.make(what, tmp_path / "out", **more)
