@@ -24,15 +24,21 @@ VIEWS, ROWS, MATRIX = P(None, ("data", "fsdp")), P(("data", "fsdp")), P(("data",
 
 
 def problems(case: Case) -> Iterator[Callable[[str], Any]]:
-    """`get(name)` of each numbered problem of a file; names of one problem alone are found by `names(get)`."""
+    """`get(name)` of each numbered problem of a file, None where it has none; names of one problem alone are found by `names(get)`."""
     for i in range(int(case["n_cases"])):
-        yield lambda name, i=i: case[f"c{i}/{name}"]
+        yield lambda name, i=i: case.get(f"c{i}/{name}")
 
 
 def names(case: Case, get: Callable[[str], Any], start: str) -> list[str]:
     """The names of one problem's arrays that begin with `start`."""
     prefix = f"c{get.__defaults__[0]}/"
     return sorted(n.removeprefix(prefix) for n in case if n.startswith(prefix + start))
+
+
+def near(got: Any, want: Any, rtol: float, atol: float, name: str) -> None:
+    """want: None for an array that the file does not have."""
+    if want is not None:
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=atol, err_msg=name)
 
 
 def run(f: Callable, dtype: Any, *args: Any, specs: tuple = (), devices: int = 1) -> Any:
@@ -135,10 +141,8 @@ def codebook_losses(case: Case) -> None:
                 whole, dtype, students, teachers, get("codebook"), specs=specs, devices=devices
             )
             where = f"{dtype.__name__}, {devices} devices"
-            close = lambda got, want, rtol, atol=0.0, where=where, get=get: np.testing.assert_allclose(
-                got, get(want), rtol=rtol, atol=atol, err_msg=f"{want}, {where}"
-            )
-            value = EPS / tau if exact else 2e-5
+            value, zero = (EPS / tau, 1e-9) if exact else (2e-5, 1e-6)  # a loss may be nothing but rounding
+            close = lambda got, want, rtol, atol=zero, where=where, get=get: near(got, get(want), rtol, atol, f"{want}, {where}")
             for view, letter, target in ((0, "v", "target_i2p"), (1, "t", "target_t2p")):
                 atol = plan_tolerance(dtype, get(f"plan_{letter}"), step, iterations)
                 close(plan[view], f"plan_{letter}", 0, atol)
@@ -150,7 +154,9 @@ def codebook_losses(case: Case) -> None:
             for term in ("t2p", "i2p"):
                 close(getattr(found, term), f"loss_{term}", value)
                 close(getattr(by_plan, term), f"loss_{term}_unnormalized", value)
-            slack = lambda want, get=get, exact=exact: (1e-7 if exact else 2e-5) * np.abs(get(want)).max()
+            slack = lambda want, get=get, exact=exact, zero=zero: (
+                (1e-7 if exact else 2e-5) * np.abs(0 if get(want) is None else get(want)).max() + zero
+            )
             gradient = 10 * EPS / tau if exact else 2e-4
             close(grads[0][0], "grad_z_v", gradient, slack("grad_z_v"))
             close(grads[0][1], "grad_z_t", gradient, slack("grad_z_t"))
@@ -177,23 +183,20 @@ def ica(case: Case) -> None:
         ways = ("i2t", "t2i", "i2i", "t2t")
         for dtype, devices in everywhere(len(features[0])):
             rtol = EPS / tau if dtype == np.float64 else 2e-5
+            zero = 1e-9 if dtype == np.float64 else 1e-6
             hard, mixed = run(all_ways, dtype, *features, *queues, specs=(*(ROWS,) * 4, ROWS, ROWS), devices=devices)
             where = f"{dtype.__name__}, {devices} devices"
             for way in ways:
-                np.testing.assert_allclose(hard[0][f"loss_{way}"], get(f"loss_{way}_hard"), rtol, err_msg=f"{way} hard, {where}")
-                np.testing.assert_allclose(
-                    mixed["loss_ica_mean4_allsoft"][0][f"loss_{way}"], get(f"loss_{way}_soft"), rtol, err_msg=f"{way} soft, {where}"
-                )
+                near(hard[0][f"loss_{way}"], get(f"loss_{way}_hard"), rtol, zero, f"{way} hard, {where}")
+                near(mixed["loss_ica_mean4_allsoft"][0][f"loss_{way}"], get(f"loss_{way}_soft"), rtol, zero, f"{way} soft, {where}")
             for name in REDUCTIONS:
                 if name in names(case, get, "loss_ica"):
-                    np.testing.assert_allclose(mixed[name][1], get(name), rtol, err_msg=f"{name}, {where}")
-            np.testing.assert_allclose(mixed["loss_ica_halves_allsoft"][1], mixed["loss_ica_sum_allsoft"][1] / 2, rtol)
+                    near(mixed[name][1], get(name), rtol, zero, f"{name}, {where}")
+            near(mixed["loss_ica_halves_allsoft"][1], mixed["loss_ica_sum_allsoft"][1] / 2, rtol, zero, where)
         for way in ways:
             own, other = (np.float64(get(f"z_{letter}_m")) for letter in ("v" if way[0] == "i" else "t", "v" if way[2] == "i" else "t"))
             candidates = np.concatenate([other, queues[0 if way[2] == "i" else 1]])
-            np.testing.assert_allclose(
-                targets_of(own, candidates, tau, alpha), get(f"target_{way}"), rtol=2 * EPS / tau, atol=1e-12, err_msg=way
-            )
+            near(targets_of(own, candidates, tau, alpha), get(f"target_{way}"), 2 * EPS / tau, 1e-12, way)
         assert set(names(case, get, "loss_ica")) <= set(REDUCTIONS), "a combination that nothing compares"
 
 

@@ -20,7 +20,9 @@ ROWS = P(("data", "fsdp"), "tensor")
 
 
 def near(got: Any, want: Any, name: str, rtol: float = 0.0, atol: float = 0.0) -> None:
-    np.testing.assert_allclose(got, want, rtol=rtol, atol=atol, err_msg=name)
+    """want: None for an array that the file does not have. What is compared relatively may be zero, and then rounding of float32 is left."""
+    if want is not None:
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=max(atol, 1e-7 if rtol else 0.0), err_msg=name)
 
 
 def contrastive_terms(s_img: jax.Array, s_txt: jax.Array, t: jax.Array) -> dict[str, Any]:
@@ -43,15 +45,16 @@ def contrastive(case: Case) -> None:
             args = (case["s_img"], case["s_txt"], case[f"{start}_log_scale"])
             with jax.default_matmul_precision("highest"):
                 got = run(contrastive_terms, dtype, *args, specs=(ROWS, ROWS, P()), devices=devices)
-            where, want = f"{start}, {dtype.__name__}, {devices} devices", lambda name, start=start: case[f"{start}_{name}"]
-            near(got["logits"], want("logits_per_image"), where, 2e-5)
+            where, want = f"{start}, {dtype.__name__}, {devices} devices", lambda name, start=start: case.get(f"{start}_{name}")
+            near(got["logits"], want("logits_per_image"), where, 2e-5, 1e-5)
             for term, name in zip(got["terms"], ("loss_i2t", "loss_t2i"), strict=True):
                 near(term, want(name), where + name, 1e-5, 1e-5)
             near(got["mean"], want("loss_mean"), where, 1e-5, 1e-5)
             for impl, (value, grads) in got["sums"].items():
                 near(value, want("loss_sum"), where + impl, 1e-5, 1e-5)
                 for grad, name in zip(grads, ("grad_s_img", "grad_s_txt", "grad_log_scale"), strict=True):
-                    near(grad, want(name), f"{where} {impl} {name}", 1e-4, 1e-4 * np.abs(want(name)).max() if grad.ndim else 1e-6)
+                    slack = 1e-4 * np.abs(want(name)).max() if grad.ndim and want(name) is not None else 0.0
+                    near(grad, want(name), f"{where} {impl} {name}", 1e-4, max(slack, 1e-6))
 
 
 def penalty_terms(s: jax.Array) -> dict[str, Any]:
@@ -65,20 +68,21 @@ def penalties(case: Case) -> None:
         s = case[f"{batch}_S"]
         for dtype, devices in everywhere(len(s)):
             got, where = run(penalty_terms, dtype, s, specs=(ROWS,), devices=devices), f"{batch}, {dtype.__name__}, {devices} devices"
-            near(got["l1"], case[f"{batch}_l1"], where, 1e-5)
-            near(got["l0"], case[f"{batch}_l0"], where, 1e-6)
+            near(got["l1"], case.get(f"{batch}_l1"), where, 1e-5)
+            near(got["l0"], case.get(f"{batch}_l0"), where, 1e-6)
             for name in ("flops", "overuse"):
                 value, grad = got[name]
-                near(value, case[f"{batch}_{name}"], where + name, 1e-5)
-                near(grad, np.broadcast_to(case[f"{batch}_grad_{name}_row"], s.shape), where + name, 1e-4, 1e-6)
+                near(value, case.get(f"{batch}_{name}"), where + name, 1e-5)
+                if f"{batch}_grad_{name}_row" in case:
+                    near(grad, np.broadcast_to(case[f"{batch}_grad_{name}_row"], s.shape), where + name, 1e-4, 1e-6)
     for name in [name for name in case if "_mean_of_" in name]:
         batch, which, parts = *name.split("_mean_of_")[0].rsplit("_", 1), int(name.split("_mean_of_")[1].split("_")[0])
-        near(losses.by_parts(getattr(losses, which), jnp.asarray(case[f"{batch}_S"]), parts), case[name], name, 1e-5)
+        near(losses.by_parts(getattr(losses, which), jnp.asarray(case[f"{batch}_S"]), parts), case.get(name), name, 1e-5)
 
 
 def schedules(case: Case) -> None:
     steps = jnp.asarray(case["steps"])
-    near(losses.growing(steps, 5e-4, 2000), case["lambda_t"], "lambda_t", atol=1e-9)
+    near(losses.growing(steps, 5e-4, 2000), case.get("lambda_t"), "lambda_t", atol=1e-9)
     options = OptimOptions(learning_rate=5e-4, schedule="cosine")
     for name, warmup in (("lr_cosine", 0), ("lr_warm1000_cosine", 1000)):
         near(jax.vmap(learning_rate(options._replace(warmup_steps=warmup), 17_969))(steps), case[name], name, atol=1e-9)
@@ -90,23 +94,23 @@ def sparsify(case: Case) -> None:
         with jax.enable_x64(dtype == np.float64):
             x = jnp.asarray(s, dtype)
             threshold = sparse.default_threshold(s.shape[1])
-            near(threshold, case["threshold"], "threshold", 1e-6)
+            near(threshold, case.get("threshold"), "threshold", 1e-6)
             kept = np.asarray(sparse.above(x, threshold))
-            near(kept, case["thresholded"], "thresholded")
+            near(kept, case.get("thresholded"), "thresholded")
             np.testing.assert_array_equal(sparse.active(x, threshold), case["thr_nnz"])
             sparsity = 1 - np.asarray(sparse.active(kept)) / s.shape[1]
-            near(sparsity, case["thr_sparsity"], "sparsity", atol=1e-6)
-            near(sparsity**2, case["quadratic_sparsity_axis"], "squared", atol=1e-6)
-            near(np.linalg.norm(kept, axis=1), case["thr_norm"], "norm", atol=1e-6)
+            near(sparsity, case.get("thr_sparsity"), "sparsity", atol=1e-6)
+            near(sparsity**2, case.get("quadratic_sparsity_axis"), "squared", atol=1e-6)
+            near(np.linalg.norm(kept, axis=1), case.get("thr_norm"), "norm", atol=1e-6)
             for name in [name for name in case if name.startswith("top") and name.endswith("_idx")]:
                 k = int(name[3:-4])
                 np.testing.assert_array_equal(sparse.top_indices(x, k), case[name], err_msg=name)
-                near(sparse.top(x, k), case[f"top{k}_S"], name)
-                near(np.asarray(sparse.top(x, k)).sum(1), case[f"top{k}_vdr_S_sum"], name, 1e-5)
+                near(sparse.top(x, k), case.get(f"top{k}_S"), name)
+                near(np.asarray(sparse.top(x, k)).sum(1), case.get(f"top{k}_vdr_S_sum"), name, 1e-5)
             rows = scipy.sparse.csr_matrix(kept)
             for part in ("data", "indices", "indptr"):
-                near(getattr(rows, part), case[f"csr_{part}"], part)
-            near((rows @ case["Q"].T).T, case["scores"], "scores", atol=1e-5)
+                near(getattr(rows, part), case.get(f"csr_{part}"), part)
+            near((rows @ case["Q"].T).T, case.get("scores"), "scores", atol=1e-5)
 
 
 def head_terms(
@@ -133,17 +137,17 @@ def lexical_head(case: Case) -> None:
         got = run(head_terms, dtype, *(case[n] for n in names), specs=(rows, words, rows, words, rows, rows), devices=devices)
         where = f"{dtype.__name__}, {devices} devices"
         np.testing.assert_array_equal(got.pop("argmax_token_all"), case["argmax_token_all"], err_msg=where)
-        near(got.pop("s_word")[case["word_ids"]], case["s_word"], f"s_word, {where}", atol=1e-5)
+        near(got.pop("s_word")[case["word_ids"]], case.get("s_word"), f"s_word, {where}", atol=1e-5)
         for way in ("fused", "plain"):
             for grad, name in zip(got.pop(f"{way}_grads"), ("grad_z_img", "grad_Z_img"), strict=True):
-                near(grad, case[name], f"{way} {name}, {where}", atol=1e-5)
+                near(grad, case.get(name), f"{way} {name}, {where}", atol=1e-5)
         for name, value in got.items():
-            near(value, case[name], f"{name}, {where}", 1e-5, 1e-5)
+            near(value, case.get(name), f"{name}, {where}", 1e-5, 1e-5)
     for dtype in (np.float32, np.float64):
         f = lambda x: (lexical.ACTIVATIONS["elu1p"](x), jax.vmap(jax.grad(lexical.ACTIVATIONS["elu1p"]))(x))
         y, dy = run(f, dtype, case["elu1p_x"])
-        near(y, case["elu1p_y"], "elu1p", 1e-6, 1e-7)
-        near(dy, case["elu1p_dy"], "elu1p'", 1e-6, 1e-7)
+        near(y, case.get("elu1p_y"), "elu1p", 1e-6, 1e-7)
+        near(dy, case.get("elu1p_dy"), "elu1p'", 1e-6, 1e-7)
 
 
 # Their name of a part of the adapter to ours.
@@ -182,8 +186,8 @@ def adapter(case: Case) -> None:
     with jax.default_matmul_precision("highest"):
         for devices in {len(case["x"]) % 2 or 2, 1}:
             (_, y), (dx, dp) = run(f, np.float32, case["x"], case["cotangent"], specs=(P(("data", "fsdp")),) * 2, devices=devices)
-            near(y, case["y"], "y", 2e-5, 2e-5)
-            near(dx, case["grad_x"], "grad_x", 1e-4, 1e-4)
+            near(y, case.get("y"), "y", 2e-5, 2e-5)
+            near(dx, case.get("grad_x"), "grad_x", 1e-4, 1e-4)
             jax.tree.map(lambda got, want: near(got, want, "parameters", 1e-4, 1e-4), dp, want)
 
 
@@ -192,7 +196,7 @@ def retrieval_metrics(case: Case) -> None:
     right = np.arange(len(sim))[:, None] == np.arange(sim.shape[1]) // each
     for way, ranks in (("i2t", ranking.exact_ranks(sim, right)), ("t2i", ranking.exact_ranks(sim.T, right.T))):
         np.testing.assert_array_equal(ranks.stable, case[f"rank_{way}"])
-        near(100 * ranking.recall_at(ranks.stable, (1, 5, 10)), case[f"{way}_recall_1_5_10"], way, 1e-6)
+        near(100 * ranking.recall_at(ranks.stable, (1, 5, 10)), case.get(f"{way}_recall_1_5_10"), way, 1e-6)
 
 
 def patchdis_file(case: Case) -> None:
@@ -212,12 +216,14 @@ def patchdis_file(case: Case) -> None:
     for kind, counts in found.items():
         np.testing.assert_array_equal(counts.intersection, case[f"inter_{kind}"])
         np.testing.assert_array_equal(counts.union, case[f"union_{kind}"])
-        near(patchdis.miou(counts), case[f"miou_{kind}"], kind, atol=1e-6)
+        near(patchdis.miou(counts), case.get(f"miou_{kind}"), kind, atol=1e-6)
 
 
 CHECKS = {
     "contrastive": Check(has("s_img", "s_txt", "init_log_scale"), contrastive),
-    "penalties": Check(lambda case: any(name.endswith("_grad_overuse_row") for name in case), penalties),
+    "penalties": Check(
+        lambda case: any(name.endswith(("_overuse", "_flops")) and name.rpartition("_")[0] + "_S" in case for name in case), penalties
+    ),
     "schedules": Check(has("steps", "lambda_t", "lr_cosine"), schedules),
     "sparsify": Check(has("S", "threshold", "csr_data", "scores"), sparsify),
     "lexical_head": Check(has("z_img", "Z_img", "z_txt", "elu1p_x"), lexical_head),

@@ -1,5 +1,6 @@
 """The towers of LexVLA from the files' own names, through the method itself: prompts with and without what they share, and a whole step of training."""
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -98,16 +99,17 @@ def text_tower(case: Case) -> None:
         left, left_mask = case["input_ids_left"].astype(np.int32), case["attention_mask_left"]
         for name, tree in (("base", base["text"]), ("lora", merged)):
             out = run(tree, ids, mask)
-            near(np.asarray(out.tokens)[mask == 1], case[f"hidden_{name}"][mask == 1], f"hidden_{name}", atol=5e-5)
-            near(out.pooled, case[f"z_txt_{name}"], f"z_txt_{name}", atol=5e-5)
-            near(run(tree, left, left_mask).pooled, case[f"z_txt_{name}"], f"left-padded {name}", atol=5e-5)
-        near(run(base["text"], prefix[None]).tokens[0], case["prefix_hidden_base"], "prefix", atol=5e-5)
+            if f"hidden_{name}" in case:
+                near(np.asarray(out.tokens)[mask == 1], case[f"hidden_{name}"][mask == 1], f"hidden_{name}", atol=5e-5)
+            near(out.pooled, case.get(f"z_txt_{name}"), f"z_txt_{name}", atol=5e-5)
+            near(run(tree, left, left_mask).pooled, case.get(f"z_txt_{name}"), f"left-padded {name}", atol=5e-5)
+        near(run(base["text"], prefix[None]).tokens[0], case.get("prefix_hidden_base"), "prefix", atol=5e-5)
         for shared in ((), tuple(prefix.tolist())):
             method = lexvla.build(NO_IMAGE, text, LexvlaOptions(entries=V, adapter_heads=1, prefix=shared))
             s_base = jax.jit(method.embed_text)(params, ids)
             s_lora = jax.jit(lora.wrap(method, options, lambda p: p).embed_text)(params, ids)
-            near(s_base, case["s_txt_base"], f"s_txt_base, {len(shared)} shared", atol=1e-5)
-            near(s_lora, case["s_txt_lora"], f"s_txt_lora, {len(shared)} shared", atol=1e-5)
+            near(s_base, case.get("s_txt_base"), f"s_txt_base, {len(shared)} shared", atol=1e-5)
+            near(s_lora, case.get("s_txt_lora"), f"s_txt_lora, {len(shared)} shared", atol=1e-5)
 
 
 def sibling(case: Case) -> Case:
@@ -133,9 +135,10 @@ class Step:
             1 + max(int(n.split(".")[2]) for n in case if n.startswith("dino:encoder.layer.")),
         )
         config = {"model_type": "dinov2_with_registers" if registers else "dinov2", "hidden_size": len(conv), "num_hidden_layers": depth, "num_attention_heads": 4,
-                  "patch_size": conv.shape[2], "image_size": pixels.shape[1], "mlp_ratio": len(case["dino:encoder.layer.0.mlp.fc1.bias"]) // len(conv)}  # fmt: skip
+                  "patch_size": conv.shape[2], "image_size": math.isqrt(case["dino:embeddings.position_embeddings"].shape[1] - 1) * conv.shape[2], "mlp_ratio": len(case["dino:encoder.layer.0.mlp.fc1.bias"]) // len(conv)}  # fmt: skip
         config |= {"num_register_tokens": registers} if registers else {}
         vit = imported(case, "dino:", config)
+        vit = vit._replace(params=load.at_resolution(vit.model, vit.params, *pixels.shape[1:3]))
         image = vit.model.image._replace(dtype="float32", attention="xla")
         adapter, Z = adapter_params(case, "init:adapter:"), codebook(towers)
         made, V = adapter_options(adapter, 4), len(towers["keep_ids"])
@@ -194,7 +197,7 @@ def train_step(case: Case) -> None:
 
 def compare_step(case: Case, step: Step, got: Any, where: str) -> None:
     ((total, aux), grads), s = jax.tree.map(np.asarray, got)
-    close = lambda value, name, rtol=5e-5, atol=5e-5: near(value, case[name], f"{name}, {where}", rtol, atol)
+    close = lambda value, name, rtol=5e-5, atol=5e-5: near(value, case.get(name), f"{name}, {where}", rtol, atol)
     V, case_scale = step.V, min(float(np.exp(case["init:log_scale"])), step.options.max_scale)
     close(total, "total")
     for side, short in (("image", "img"), ("text", "txt")):
@@ -205,10 +208,15 @@ def compare_step(case: Case, step: Step, got: Any, where: str) -> None:
     close(case_scale * s["image"] @ s["text"].T, "logits_per_image", 1e-4, 1e-4)
     for term, name in zip(losses.cross_entropies(s["image"], s["text"], case_scale), ("loss_i2t", "loss_t2i"), strict=True):
         close(term, name)
-    near(aux["loss_contrastive"], case["loss_i2t"] + case["loss_t2i"], where, 5e-5)
+    if {"loss_i2t", "loss_t2i"} <= set(case):
+        near(aux["loss_contrastive"], case["loss_i2t"] + case["loss_t2i"], where, 5e-5, 5e-5)
+
+    keys = np.abs(case["grad:adapter:attn.k.kernel"]).max()
 
     def same(got: Any, want: Any, name: str) -> None:
-        near(got, want, f"gradient of {name}, {where}", atol=1e-4 * max(np.abs(want).max(), 1e-3))
+        # A bias of the keys shifts all logits of a query alike: its gradient is what rounding leaves of those of the keys.
+        most = keys if name.endswith("['k']['bias']") else 1e-3
+        near(got, want, f"gradient of {name}, {where}", atol=1e-4 * max(np.abs(want).max(), most))
 
     for (path, want), leaf in zip(
         jax.tree_util.tree_leaves_with_path(adapter_params(case, "grad:adapter:")), jax.tree.leaves(grads["adapter"]), strict=True
@@ -241,7 +249,7 @@ def trajectory(case: Case, step: Step, method: Method, memory: dict) -> None:
         return (optax.apply_updates(params, updates), state), total
 
     run = jax.jit(lambda p: jax.lax.scan(one, (p, tx.init(p)), None, length=len(case["losses"]))[1])
-    near(run(jax.tree.map(jnp.asarray, step.params)), case["losses"], "losses", atol=2e-4)
+    near(run(jax.tree.map(jnp.asarray, step.params)), case.get("losses"), "losses", atol=2e-4)
 
 
 CHECKS = {
