@@ -19,10 +19,13 @@ def digest_of(*parts: bytes) -> bytes:
 def write_whole(path: Path, parts: Iterable[bytes]) -> None:
     """Write `parts` at `path` in one step, so that no reader ever sees less."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "wb") as file:
-        file.writelines(parts)
-    os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.{os.urandom(6).hex()}")  # hosts that share the folder may have one process number
+    try:
+        with open(partial, "wb") as file:
+            file.writelines(parts)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def keep(path: Path, data: bytes) -> None:
