@@ -143,8 +143,12 @@ def measure(run: Exported, files: dict[str, Path], strings: dict[str, str]) -> M
         classify(image, candidate_labels=[label], hypothesis_template="{}")
         return unit(seen[what])[0]
 
-    processors = {backend: transformers.AutoImageProcessor.from_pretrained(folder, backend=backend) for backend in BACKENDS}
-    processor, tokenizer = (auto.from_pretrained(folder) for auto in (transformers.AutoProcessor, transformers.AutoTokenizer))
+    processors = {
+        backend: transformers.AutoImageProcessor.from_pretrained(folder, backend=backend, trust_remote_code=False) for backend in BACKENDS
+    }
+    processor, tokenizer = (
+        auto.from_pretrained(folder, trust_remote_code=False) for auto in (transformers.AutoProcessor, transformers.AutoTokenizer)
+    )
     siglip = type(model).__name__ == "SiglipModel"
     whole = dict(padding="max_length" if siglip else True, truncation=True, max_length=run.parts.tokenizer.context_length)
     image_clients = {

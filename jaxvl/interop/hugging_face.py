@@ -266,7 +266,9 @@ def embeddings_in_torch(folder: Path, images: np.ndarray, tokens: np.ndarray, ma
     with torch.no_grad():
         given = {} if mask is None else {"attention_mask": torch.tensor(mask.astype(np.int64))}
         pixels = torch.tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        out = AutoModel.from_pretrained(folder).eval()(input_ids=torch.tensor(tokens.astype(np.int64)), pixel_values=pixels, **given)
+        out = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()(
+            input_ids=torch.tensor(tokens.astype(np.int64)), pixel_values=pixels, **given
+        )
     return tuple(x.numpy() / np.linalg.norm(x.numpy(), axis=-1, keepdims=True) for x in (out.image_embeds, out.text_embeds))
 
 
