@@ -37,6 +37,8 @@ def sentence(error: BaseException) -> str:
         return text or f"{name} without a reason"
     if isinstance(error, ImportError):  # of an optional package that an old or broken installation lacks a part of
         return text
+    if name == "BrokenProcessPool":
+        return "a worker process ended in the middle of its work, as one does that the system ends for its memory: use a host with more, or fewer cores (taskset)"
     if isinstance(error, MemoryError):
         return f"this host has too little memory ({text or 'an allocation failed'}): use a smaller batch, fewer workers or a larger host"
     if isinstance(error, OverflowError):

@@ -29,12 +29,12 @@ def new_folder(out: Path, flag: str = "--out") -> Iterator[Path]:
 @contextlib.contextmanager
 def new_files(folder: Path, files: Sequence[Path]) -> Iterator[None]:
     """`folder`, made where it is missing, for `files` of it that the block writes; where it raises, all that it has made is removed."""
-    missing = _missing(folder)
+    missing, new = _missing(folder), [file for file in files if not file.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        for file in files:
+        for file in new:
             file.unlink(missing_ok=True)
         _remove(missing)
         raise

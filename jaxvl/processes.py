@@ -51,10 +51,16 @@ def gpu_shares(parts: int, env: Mapping[str, str], gpus: Sequence[str] | None = 
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])} for i in range(parts)]
 
 
+def end_with(parent: int, number: signal.Signals) -> None:
+    """Have Linux send this process the signal `number` at the end of `parent`, which has started it; ends it at once where that was before."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:
+            sys.exit(f"process {parent}, which asked for this one, is gone")
+
+
 if __name__ == "__main__":
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != int(sys.argv[1].partition(":")[0]):
-            sys.exit(f"process {sys.argv[1].partition(':')[0]}, which asked for this one, is gone")
+        end_with(int(sys.argv[1].partition(":")[0]), signal.SIGTERM)
         os.environ[PARENT] = sys.argv[1]
     os.execvp(sys.argv[2], sys.argv[2:])

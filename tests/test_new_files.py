@@ -41,6 +41,6 @@ def test_a_place_that_is_taken_is_left_alone(tmp_path):
             pass
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "old").touch()
-    with pytest.raises(OSError), new_files(tmp_path / "there", [tmp_path / "there" / "new"]):
+    with pytest.raises(OSError), new_files(tmp_path / "there", [tmp_path / "there" / "new", tmp_path / "there" / "old"]):
         raise OSError
     assert names(tmp_path) == ["file", "link", "there", "there/old"]

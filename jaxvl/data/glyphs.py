@@ -30,6 +30,8 @@ import matplotlib
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
+from jaxvl.new_files import new_files
+
 PARTS = {"train": 6_000, "val": 500, "val-seen": 420}  # images in a part when no size is given
 VAL_SHARE = 1 / 6  # of the letters
 VAL_FACES = 4  # faces of a character that `val` shows: more would fill a small part with few characters
@@ -99,15 +101,15 @@ def write_shards(folder: str | os.PathLike, part: str, size: int | None = None, 
     chosen.sort(key=lambda glyph: _keyed(seed, "shuffle", glyph.key))
 
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{part}-{i:04d}.tar" for i in range(-(-size // SHARD))]
     stale = sorted(set(folder.glob(f"{part}-[0-9][0-9][0-9][0-9].tar")) - set(paths))
     if stale:
         raise FileExistsError(f"{folder} holds {stale[0].name} of a larger {part!r}: remove it or choose an empty folder")
-    for path, start in zip(paths, range(0, size, SHARD), strict=True):
-        _write(path, _tar(chosen[start : start + SHARD], pixels))
-    lines = "".join(json.dumps(triplet) + "\n" for triplet in triplets(chosen))
-    _write(folder / f"{part}-triplets.jsonl", lines.encode())
+    listed = folder / f"{part}-triplets.jsonl"
+    with new_files(folder, [*paths, listed]):
+        for path, start in zip(paths, range(0, size, SHARD), strict=True):
+            _write(path, _tar(chosen[start : start + SHARD], pixels))
+        _write(listed, "".join(json.dumps(triplet) + "\n" for triplet in triplets(chosen)).encode())
     return paths
 
 
@@ -260,8 +262,11 @@ def _png(picture: bytes, pixels: int) -> bytes:
 
 def _write(path: pathlib.Path, data: bytes) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")  # a reader, or a second writer, never sees half a file
-    part.write_bytes(data)
-    os.replace(part, path)
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _path(file: str) -> pathlib.Path:

@@ -1,8 +1,11 @@
 """Indexes of many shards: found where they are kept, checked against their shards, built where missing or stale."""
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import stat
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
@@ -12,6 +15,7 @@ from typing import Any
 from jaxvl import progress as bars
 from jaxvl.data.cache import Cache, Uncached, digest, is_remote, locked, opened, stamp
 from jaxvl.data.tarindex import DamagedIndex, Index, Summary, build_index, empty_index, load_index, read_summary, save_index
+from jaxvl.processes import end_with
 from jaxvl.secrets import public
 
 PROCESSES_FROM = 1 << 31  # bytes of shards below which starting processes costs more than it saves
@@ -116,18 +120,42 @@ def cores() -> int:
 
 
 def parallel(function: Callable, shared: Any, items: Sequence[Any], workers: int) -> Iterator[Any]:
-    """function(shared, item) of every item, in order, in `workers` processes where that is more than one."""
+    """function(shared, item) of every item, in order, in `workers` processes where that is more than one.
+
+    They end with this process, and with whatever ends the iteration.
+    """
     if workers < 2 or len(items) < 2:
         yield from (function(shared, item) for item in items)
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
-    with futures.ProcessPoolExecutor(min(workers, len(items)), context, _share, (function, shared)) as pool:
-        yield from pool.map(_call_shared, items)
+    with futures.ProcessPoolExecutor(min(workers, len(items)), context, _share, (os.getpid(), function, shared)) as pool:
+        try:
+            with _uninterrupted():
+                results = pool.map(_call_shared, items)
+            yield from results
+        except BaseException:  # what is at work would be waited for
+            for process in list(pool._processes.values()):
+                process.kill()
+            raise
 
 
-def _share(function: Callable, shared: Any) -> None:
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """What is started in the block ignores Ctrl-C, which reaches all processes of a terminal, and is this one's to answer."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _share(parent: int, function: Callable, shared: Any) -> None:
     """Keep what every call of this process needs: it comes once, and not with each item."""
     global _shared
+    end_with(parent, signal.SIGKILL)
     _shared = function, shared
 
 
