@@ -20,9 +20,9 @@ STARTS = (
     (b"<?xml", f"an XML answer of a server and not the file itself: {AGAIN}"),
     (b"gguf", "a GGUF file, which is not read; import the model's safetensors"),
     (b"\x89hdf", "an HDF5 file, which is not read; import the model's safetensors"),
-    (b"\x1f\x8b", "compressed with gzip: unpack it"),
+    (b"\x1f\x8b\x08", "compressed with gzip: unpack it"),
 )  # fmt: skip
-CODE = (b"pk\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a zip of PyTorch's, and pickles
+PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05](?!.{2}\x00{4})", re.DOTALL)  # PyTorch's zip, or a pickle and no small header's length
 RECIPE = """{told}, which could run any code and is not opened here. Where torch is, convert it:
   import argparse, torch, safetensors.torch as st; torch.serialization.add_safe_globals([argparse.Namespace]); parts = [torch.load(p, map_location="cpu", weights_only=True) for p in {files}]
   st.save_file({{k: v.clone().contiguous() for s in parts for k, v in next((s[n] for n in {keys} if isinstance(s.get(n), dict)), s).items() if torch.is_tensor(v)}}, {out!r})"""
@@ -39,7 +39,7 @@ def told(path: Path) -> str:
         start = file.read(64)
     if not start:
         return f"{path} is empty: {AGAIN}"
-    if start.lower().startswith(CODE):
+    if PICKLE.match(start):
         return pickled([path], path.with_suffix(".safetensors"))
     return next((f"{path} is {what}" for begin, what in STARTS if start.lstrip().lower().startswith(begin)), "")
 

@@ -93,6 +93,8 @@ def _one_of(folder: Path) -> Path:
     )
     if not found:
         raise FileError(foreign.without_safetensors(folder))
+    if all(re.search(r"-\d+-of-\d+\.safetensors$", p.name) for p in found):
+        raise FileError(f"{folder} holds parts of a model, such as {found[0].name}, and no {INDEX}, which says what is in each")
     if len(found) != 1 and found[0].name not in (INDEX, SINGLE):
         raise FileError(f"{folder} holds {', '.join(p.name for p in found)}: name one of them")
     return found[0]

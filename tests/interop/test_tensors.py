@@ -154,6 +154,21 @@ def test_what_is_missing_or_contradicts_the_index_is_named(tmp_path):
             find(tmp_path)
 
 
+def test_a_damaged_header_of_640_bytes_is_no_pickle(tmp_path):
+    """Its length begins as one does."""
+    for length in (640, 896):
+        (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + b"{" * length)
+        with pytest.raises(FileError, match="has a damaged header"):
+            find(tmp_path)
+
+
+def test_parts_without_an_index_are_told(tmp_path):
+    sharded(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(FileError, match=r"parts of a model, such as model-00001-of-00002.safetensors, and no model.safetensors.index.json"):
+        find(tmp_path)
+
+
 def test_two_files_without_an_index_are_ambiguous(tmp_path):
     for name in ("one", "two"):
         safetensors.numpy.save_file({"a": np.zeros(1)}, tmp_path / f"{name}.safetensors")
