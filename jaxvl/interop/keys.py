@@ -31,7 +31,7 @@ IDLE = set(
     max_length max_new_tokens min_length min_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
     top_k top_p typical_p min_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens unsloth_fixed unsloth_version
+    begin_suppress_tokens pad_token_id max_sequence_length transformers.js_config is_llama_config unsloth_fixed unsloth_version
     """.split()
 )
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -81,7 +81,7 @@ KINDS: dict[str, Keys] = {
     "vit": Keys(_VIT, {"pooler_act": ("tanh",)}, ("encoder_stride",)),
     "deit": Keys(_VIT, {"pooler_act": ("tanh",)}, ("encoder_stride",)),
     "dinov2": Keys(_DINOV2, {}, ("use_mask_token", *_BACKBONE)),
-    "dinov2_with_registers": Keys({**_DINOV2, "patch_size": 16, "num_register_tokens": 4}, {}, ("use_mask_token", *_BACKBONE)),
+    "dinov2_with_registers": Keys({**_DINOV2, "patch_size": 16, "num_register_tokens": 4}, {"interpolate_antialias": (True,), "interpolate_offset": (0,)}, ("use_mask_token", *_BACKBONE)),
     "bert": Keys(_BERT, {"position_embedding_type": ("absolute",)}, _BERT_IDLE),
     "clip_vision_model": Keys({**_CLIP, **_IMAGE, "patch_size": 32}, {}, ("dropout",)),
     "clip_text_model": Keys(
@@ -97,7 +97,7 @@ KINDS: dict[str, Keys] = {
         {**_SIZES, "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
          "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False, "pad_token_id": None,
          "attention_dropout": 0.0, "tie_word_embeddings": False, "num_key_value_heads": None, "head_dim": None, "rope_theta": 10_000.0, "rope_scaling": {},
-         "rope_parameters": {}, "original_max_position_embeddings": None}, {"partial_rotary_factor": (1, None)}, ("pretraining_tp",)),
+         "rope_parameters": {}, "original_max_position_embeddings": None}, {"partial_rotary_factor": (1, None), "rope_interleaved": (False,)}, ("pretraining_tp",)),
     "rope": Keys(
         {"rope_type": "default", "type": "default", "rope_theta": 10_000.0, "factor": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
          "original_max_position_embeddings": None}, {"partial_rotary_factor": (1, None)}),

@@ -35,6 +35,25 @@ def open_clip(embed_dim=64, vision=(), text=(), **more):
     return {"model_cfg": {"embed_dim": embed_dim, "vision_cfg": dict(vision), "text_cfg": dict(text), **more}}
 
 
+# What the hub's configs of these families hold besides, of several years of transformers.
+PUBLISHED = {
+    "dinov2_with_registers": {"interpolate_antialias": True, "interpolate_offset": 0.0, "apply_layernorm": True, "stage_names": ["stem"], "torch_dtype": "float32"},
+    "llama": {"is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1, "transformers.js_config": {"dtype": "q4"}, "rope_scaling": None,
+              "max_sequence_length": 2048, "eos_token_id": [1, 2], "pad_token_id": -1},
+    "bert": {"directionality": "bidi", "pooler_type": "first_token_transform", "pooler_fc_size": 768, "gradient_checkpointing": False,
+             "position_embedding_type": "absolute", "classifier_dropout": None},
+    "clip_text_model": {"dropout": 0.0, "bad_words_ids": None, "top_k": 50, "typical_p": 1.0, "torchscript": False, "pruned_heads": {}, "is_decoder": False,
+                        "add_cross_attention": False, "tie_encoder_decoder": False, "tie_word_embeddings": True, "tf_legacy_loss": False, "prefix": None},
+    "vit": {"pad_token_id": None, "encoder_stride": 16, "label2id": {"a": 0}, "problem_type": None, "return_dict": True},
+    "siglip_text_model": {"bos_token_id": 49406, "projection_size": 768}, "siglip_vision_model": {"vision_use_head": True, "_attn_implementation_autoset": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_what_published_configs_hold_besides_is_taken(kind):
+    section(kind, {"model_type": kind, "transformers_version": "4.31.0", **PUBLISHED[kind]})
+
+
 @pytest.mark.parametrize("kind", [k for k in CLASSES if k not in ("clip", "siglip")])
 @pytest.mark.parametrize("key, value", [("attention_window", 7), ("quantization_config", {"bits": 4}), ("auto_map", {"AutoModel": "evil.Evil"}), ("is_decoder", True),
                                         ("per_layer_config", {"0": {"num_attention_heads": 1}}), ("pruned_heads", {"1": [0]})])  # fmt: skip
