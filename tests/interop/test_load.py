@@ -227,7 +227,7 @@ def test_a_single_number_may_be_stored_with_an_axis_or_without(family, tmp_path)
     equal(load(written(tmp_path, other, family)).params, load(HF / family).params)
 
 
-@pytest.mark.parametrize("family", ["clip", "bert", "dinov2"])
+@pytest.mark.parametrize("family", ["bert"])
 def test_wrapped_names_are_the_same_model(family, tmp_path):
     tensors = {f"module._orig_mod.{name}": value for name, value in tensors_of(family).items()}
     equal(load(written(tmp_path, tensors, family)).params, load(HF / family).params)
