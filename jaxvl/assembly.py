@@ -83,7 +83,10 @@ def read_recipe(workdir: Path, overrides: list[str]) -> configs.Recipe:
     file = workdir / "config.json"
     if not file.is_file():
         raise ValueError(f"{workdir} is no run: it has no config.json")
-    return configs.read(configs.load(str(file), overrides))
+    try:
+        return configs.read(configs.load(str(file), overrides))
+    except configs.ConfigError as error:
+        raise configs.ConfigError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
 
 
 def read_params(parts: Parts, workdir: Path, mesh: Mesh | None, *, step: int | None = None, ema: bool = False) -> checkpoint.Restored:

@@ -32,7 +32,8 @@ def same(folder: Path, wanted: Mapping[str, str], whose: str) -> None:
         if name not in wanted:
             raise DamagedError(f"{folder / name} was not there when {whose} was saved; move it away, since {WHY}")
         if found[name] != wanted[name]:
-            hashes = f"sha256 {found[name][:12]}..., saved with {str(wanted[name])[:12]}..."
+            now = found[name] if found[name].startswith("none") else f"{found[name][:12]}..."
+            hashes = f"sha256 {now}, saved with {str(wanted[name])[:12]}..."
             raise DamagedError(f"{folder / name} is not the file that {whose} was saved with ({hashes}); {MEND}")
 
 

@@ -25,7 +25,7 @@ from jaxvl.methods.method import for_faces
 from jaxvl.optim import OptimOptions, frozen
 from jaxvl.plan import record
 from jaxvl.progress import say
-from jaxvl.report.metrics import read_whole, write_atomic
+from jaxvl.report.metrics import encode, read_whole, write_atomic
 from jaxvl.rollback import Skipped, go_back
 from jaxvl.state import samples_seen
 from jaxvl.stopping import end_with_parent, stopping
@@ -174,7 +174,7 @@ def evaluate(workdir: Path, overrides: list[str], *, step: int | None = None, em
         found = assembly.read_params(parts, workdir, mesh, step=step, ema=ema)
         values, _ = evals.run(recipe.evals, parts.method, found.state, parts.tokenizer, recipe.data, recipe.augment)
     if jax.process_index() == 0:
-        (workdir / "eval.json").write_text(json.dumps({"step": found.step, "ema": ema, **values}, indent=2))
+        write_atomic(workdir / "eval.json", encode({"step": found.step, "ema": ema, **values}, indent=2))
         report.print_values(values)
     return 0
 

@@ -29,6 +29,8 @@ def open_workdir(folder: Path, options: CheckpointOptions) -> Iterator[Workdir]:
     checkpoints, first = folder / "checkpoints", jax.process_index() == 0
     made = [path for path in (checkpoints, *checkpoints.absolute().parents) if not path.exists()]  # innermost first
     accepted: list[bool] = []
+    lock = checkpoints / "LOCK"
+    owner = lock.read_bytes() if first and lock.is_file() else b""
     with checkpoint.open_saver(checkpoints, options) as saver:
         there = set(folder.iterdir()) if first else set()
         try:
@@ -38,6 +40,8 @@ def open_workdir(folder: Path, options: CheckpointOptions) -> Iterator[Workdir]:
             if first and not accepted:
                 with contextlib.suppress(OSError):
                     _take_back(folder, there, made)
+                    if not made:
+                        lock.write_bytes(owner)  # whose the folder was before
             raise
 
 

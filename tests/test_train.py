@@ -10,7 +10,9 @@ from ml_collections import ConfigDict
 from running import metrics
 
 from jaxvl import compiled, config as configs, train
+from jaxvl.checkpoint import CheckpointOptions
 from jaxvl.tiny import shrink
+from jaxvl.workdir import open_workdir
 
 QUICK = str(Path(__file__).parent.parent / "configs" / "clip_quickstart.py")
 
@@ -143,3 +145,14 @@ def test_a_damaged_config_of_a_run_that_goes_on_is_set_aside(tmp_path, damage, c
     assert (tmp_path / "config.json.damaged").read_text() == damage
     said = capfd.readouterr().err
     assert "config.json is damaged" in said and "was None" not in said
+
+
+def test_a_refused_start_leaves_the_lock_as_it_was(tmp_path):
+    """Every byte of a run's folder, so that whoever compares two copies finds none changed."""
+    lock = tmp_path / "run" / "checkpoints" / "LOCK"
+    with open_workdir(tmp_path / "run", CheckpointOptions()) as run:
+        run.accept()
+    lock.write_text("process 1 on another host\n")
+    with pytest.raises(ValueError, match="refused"), open_workdir(tmp_path / "run", CheckpointOptions()):
+        raise ValueError("refused")
+    assert lock.read_text() == "process 1 on another host\n"

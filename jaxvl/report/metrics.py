@@ -32,10 +32,10 @@ class Writer(NamedTuple):
     close: Callable[[], None]
 
 
-def encode(row: Mapping[str, Any]) -> str:
-    """One line of legal JSON, without the newline."""
+def encode(row: Mapping[str, Any], indent: int | None = None) -> str:
+    """Legal JSON; without `indent` one line of it, without the newline."""
     safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(safe, allow_nan=False)
+    return json.dumps(safe, allow_nan=False, indent=indent)
 
 
 def decode(line: str) -> dict[str, Any]:
@@ -46,8 +46,8 @@ def decode(line: str) -> dict[str, Any]:
     return {k: float(v) if isinstance(v, str) and v in _NOT_FINITE else v for k, v in row.items()}
 
 
-def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every line of a JSON-lines file with its object; nothing for a file that does not exist.
+def read_lines(path: str | os.PathLike, *, numbers: bool = False, **fields: type) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every line of a JSON-lines file with its object, which has these fields and with `numbers` nothing else; nothing for a file that does not exist.
 
     A last line that a kill has torn is left out. Raises ValueError, naming file and line, for damage anywhere else.
     """
@@ -58,14 +58,19 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.endswith("\n"):
                 return
             try:
-                yield line, decode(line)
-            except ValueError as error:
+                row = decode(line)
+                if strange := [name for name, kind in fields.items() if not _is(row.get(name), kind)]:
+                    raise ValueError(f"its {strange[0]!r} is {row.get(strange[0])!r}; it must be {fields[strange[0]].__name__}")
+                if strange := [name for name, value in row.items() if numbers and not (_is(value, int) or _is(value, float))]:
+                    raise ValueError(f"its {strange[0]!r} is {row[strange[0]]!r}; it must be a number")
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: {error}; repair or remove this line") from None
+            yield line, row
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl, in order."""
-    return [row for _, row in read_lines(Path(workdir) / METRICS)]
+    return [row for _, row in read_lines(Path(workdir) / METRICS, numbers=True, step=int)]
 
 
 def mend(path: Path, **fields: type) -> None:
@@ -112,7 +117,11 @@ def _has(line: bytes, fields: Mapping[str, type]) -> bool:
         row = decode(line.decode())
     except (ValueError, RecursionError):
         return False
-    return all(isinstance(row.get(name), kind) and not isinstance(row[name], bool) for name, kind in fields.items())
+    return all(_is(row.get(name), kind) for name, kind in fields.items())
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def cut(path: Path, step: int) -> None:

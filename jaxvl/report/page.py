@@ -52,10 +52,10 @@ def write_report(workdir: str | Path) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"{workdir} holds no report/ folder: no run was logged there")
     rows = read_metrics(workdir)
-    facts = read_whole(folder / "facts.json", dict, {})
+    facts = read_whole(folder / "facts.json", _facts, {})
     sessions = read_sessions(folder)
     galleries, tables = read_whole(folder / "galleries.json", _shown, ({}, []))
-    bad = [(r["shard"], r["reason"]) for path in sorted(folder.glob("bad-*.jsonl")) for _, r in read_lines(path)]
+    bad = [(r["shard"], r["reason"]) for path in sorted(folder.glob("bad-*.jsonl")) for _, r in read_lines(path, shard=str, reason=str)]
     name = workdir.resolve().name
     sections = (
         _head(name, facts, rows, sessions),
@@ -95,6 +95,7 @@ def _head(name: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
                 tiles.append((f"{100 * at[1]:.1f} %", f"{headed(evaluation, found)} {WAYS[way]} R@1".strip()))
     if train:
         tiles.append((f"{train[-1]['step']:,}", f"steps, {train[-1]['samples']:,} samples"))
+    if "samples_per_s" in found:
         tiles.append((number(found["samples_per_s"]), "samples/s"))
     if sum(seconds.values()):
         tiles.append((duration(sum(seconds.values())), f"in {len(sessions)} {'process' if len(sessions) == 1 else 'processes'}"))
@@ -268,6 +269,14 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], 
     """Steps and values of the rows that have the metric."""
     pairs = [(row["step"], float(row[name])) for row in rows if name in row]
     return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def _facts(kept: Any) -> dict[str, Any]:
+    """The facts of a run (RunLog.describe). Raises TypeError where they are none."""
+    facts = dict(kept)
+    if not isinstance(facts.get("config", ""), str) or not isinstance(facts.get("versions", {}), dict):
+        raise TypeError("config is no text, or versions are no object")
+    return facts
 
 
 def _shown(kept: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from jaxvl import assembly, config as configs, manifest
-from jaxvl.data.lists import read_json
+from jaxvl.data.lists import read_object
 from jaxvl.evals.embed import Model
 from jaxvl.interop import exported as exports, tensors
 from jaxvl.mesh import make_mesh, shardings
@@ -47,7 +47,7 @@ def open_run(run: Path, overrides: Sequence[str] = (), *, step: int | None = Non
     file = run / "config.json"
     if not file.is_file():
         raise ValueError(f"{run} is no run and no export of one: it has no config.json")
-    content = read_json(file)
+    content = read_object(file)
     exported = content.get("format") == "jaxvl"
     if not exported and "method" not in content:
         raise ValueError(f"{file} is no config of jaxvl; of exports, search reads those of --format safetensors")

@@ -80,6 +80,8 @@ def embed(index: Index, model: Model, text: str | None, image: Path | None) -> A
                 out = embed_image(model, file.read())[None]
         except Undecodable as error:
             raise ValueError(f"{image} cannot be decoded: {error}") from None
+    if not np.isfinite(out).all():
+        raise ValueError("the embedding of the query is not finite; the model has diverged")
     return sparsified(out, Sparsity(**index.meta["sparsity"])) if index.lexical else out
 
 

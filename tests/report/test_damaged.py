@@ -1,6 +1,7 @@
 """Damaged files of a report stop no run: what can be read is kept, what cannot is set aside and told."""
 
 import json
+import os
 
 import pytest
 
@@ -65,3 +66,41 @@ def test_samples_and_windows_of_a_damaged_run_go_on(tmp_path):
     (tmp_path / "window.jsonl").write_text('{"step": 4, "rows": ["{", 3]}\n')
     window = Window(Plan(8, 1, 1, 0.0, 1, None), tmp_path / "window.jsonl", 4)
     window.close()
+
+
+@pytest.mark.parametrize("name, line, told", [
+    (metrics.METRICS, '{"loss": 1}', "its 'step' is None; it must be int"),
+    (metrics.METRICS, '{"step": 1e400, "loss": 1}', "its 'step' is inf"),
+    (metrics.METRICS, '{"step": 2, "loss": null}', "its 'loss' is None; it must be a number"),
+    (metrics.METRICS, '{"step": 2, "val/i2t/r@1": {}}', "its 'val/i2t/r@1' is {}"),
+    (metrics.METRICS, "[" * 5000, "nest|recursion"),
+    ("report/bad-0.jsonl", '{"a": 1}', "its 'shard' is None; it must be str"),
+    ("report/bad-0.jsonl", '{"shard": "x", "reason": [1]}', "its 'reason' is"),
+])  # fmt: skip
+def test_a_page_of_damaged_lines_is_refused_by_file_and_line(name, line, told, tmp_path):
+    (tmp_path / "report").mkdir()
+    (tmp_path / metrics.METRICS).write_text("".join(LINES[:1]))
+    with open(tmp_path / name, "a") as file:
+        file.write(line + "\n")
+    number = 2 if name == metrics.METRICS else 1
+    with pytest.raises(ValueError, match=rf"{name}, line {number}: .*({told})"):
+        page.write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("text", ['{"config": 5}', '{"versions": 3}'])
+def test_facts_of_another_form_are_set_aside(text, tmp_path, capsys):
+    (tmp_path / "report").mkdir()
+    (tmp_path / metrics.METRICS).write_text('{"step": 1, "samples": 3}\n')
+    (tmp_path / "report" / "facts.json").write_text(text)
+    assert page.write_report(tmp_path).is_file() and "facts.json is damaged" in capsys.readouterr().err
+
+
+def test_a_log_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / metrics.METRICS)
+    with pytest.raises(OSError, match="no regular file"):
+        metrics.read_metrics(tmp_path)
+
+
+def test_what_has_no_number_is_legal_json():
+    assert json.loads(metrics.encode({"a": float("nan"), "b": 1.5}, indent=2), parse_constant=pytest.fail) == {"a": "nan", "b": 1.5}
