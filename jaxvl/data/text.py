@@ -17,6 +17,7 @@ import numpy as np
 from jaxvl.data import lexicon as lexicons, words
 from jaxvl.data.lexicon import Lexicon, Prompt
 from jaxvl.data.lists import read_json
+from jaxvl.data.special import Special, around, backend_of, why
 
 PAD, BOS, EOS, MASK = "<pad>", "<bos>", "<eos>", "<mask>"  # of the trained tokenizers
 NAMED = ("bos", "eos", "pad", "mask")  # special tokens that have a name
@@ -82,17 +83,6 @@ class TokenizerOptions(NamedTuple):
     lexicon: str = ""
     lexicon_min_count: int = 0
     lexicon_stop: tuple[int, ...] = ()
-
-
-class Special(NamedTuple):
-    """Tokens of a tokenizer that are no text. front, back: those that its template puts around each text, in their order."""
-
-    front: tuple[str, ...]
-    back: tuple[str, ...]
-    bos: str | None
-    eos: str
-    pad: str | None
-    mask: str | None = None
 
 
 class Tokenizer:
@@ -276,7 +266,7 @@ def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None, 
             raise ValueError(f"{folder}/tokenizer_config.json names no eos_token; it is damaged")
         backend = backend_of(Path(folder) / "tokenizer.json")
         bos, eos, pad, mask = (names.get(f"{name}_token") for name in NAMED)
-        special = Special(*template(backend), bos, eos or "", pad, mask)
+        special = Special(*around(backend), bos, eos or "", pad, mask)
         return _complete(Tokenizer(backend, options.context_length, special, options.end), options, (), Path(folder))
     if options.name in TRAINED:
         raise ValueError(f"tokenizer.name is {options.name!r}, which is trained on captions; only a folder or a hub name can be loaded")
@@ -285,53 +275,15 @@ def load_tokenizer(options: TokenizerOptions, folder: str | Path | None = None, 
     try:
         found = AutoTokenizer.from_pretrained(options.name, trust_remote_code=False)
     except Exception as error:  # the libraries raise bare Exceptions for damaged files, and what its code wants for a missing package
-        raise ValueError(f"tokenizer.name is {options.name!r}, which cannot be opened: {_why(options.name, error)}") from error
+        raise ValueError(f"tokenizer.name is {options.name!r}, which cannot be opened: {why(options.name, error)}") from error
     backend = getattr(found, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"tokenizer.name is {options.name!r}, a {type(found).__name__}; only fast tokenizers (tokenizer.json) can be used")
     bos, eos = found.bos_token or found.cls_token, found.eos_token or found.sep_token
     if eos is None:
         raise ValueError(f"tokenizer.name is {options.name!r}, which has no EOS or SEP token; text encoders need one to end a caption")
-    special = Special(*template(backend), bos, eos, found.pad_token, found.mask_token)
+    special = Special(*around(backend), bos, eos, found.pad_token, found.mask_token)
     return _complete(Tokenizer(backend, options.context_length, special, options.end), options, seen)
-
-
-def _why(name: str, error: Exception) -> str:
-    """One sentence on what is wrong with a tokenizer that transformers does not open."""
-    from jaxvl.interop.foreign import told
-
-    if "trust_remote_code" in str(error):
-        return "it is made by code of its own, which is never run; use one that has a tokenizer.json"
-    files = (Path(name) / file for file in ("tokenizer.json", "tokenizer_config.json"))
-    return next(filter(None, map(told, filter(Path.is_file, files))), "") or next(filter(None, str(error).splitlines()), repr(error))
-
-
-def template(backend: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The tokens that a tokenizers.Tokenizer puts in front of a text and behind it, by its own post-processor.
-
-    Raises ValueError where it does other things with a text.
-    """
-    backend.no_truncation()
-    backend.no_padding()
-    for probe in ("a", "the", "0", *itertools.islice(backend.get_vocab(), 1000)):
-        alone, whole = backend.encode(probe, add_special_tokens=False).ids, backend.encode(probe).ids
-        if alone:
-            break
-    for i in range(len(whole) - len(alone) + 1):
-        if alone and whole[i : i + len(alone)] == alone:
-            front, back = whole[:i], whole[i + len(alone) :]
-            return tuple(map(backend.id_to_token, front)), tuple(map(backend.id_to_token, back))
-    raise ValueError(f"the tokenizer's post-processor makes {whole} of the ids {alone}; only tokens in front and behind can be put")
-
-
-def backend_of(file: Path) -> Any:
-    """The tokenizers.Tokenizer of a tokenizer.json. Raises ValueError where it holds none."""
-    from tokenizers import Tokenizer as Backend
-
-    try:
-        return Backend.from_file(str(file))
-    except Exception as error:  # the library raises this very class for everything it meets
-        raise ValueError(f"{file} is no tokenizer that can be read ({error}); was the file cut or changed?") from None
 
 
 def _complete(made: Tokenizer, options: TokenizerOptions, seen: Iterable[str], folder: Path | None = None) -> Tokenizer:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxvl.data import lexicon
-from jaxvl.data.text import EOS, PAD, Special, Tokenizer, TokenizerOptions, load_tokenizer, train_tokenizer
+from jaxvl.data.special import Special
+from jaxvl.data.text import EOS, PAD, Tokenizer, TokenizerOptions, load_tokenizer, train_tokenizer
 
 CAPTIONS = ["A small red boat on the lake.", "two boats, one lake", "<person> said", '"so" <person>'] * 20
 ASK = 'The focus of "{}" lies on:'
