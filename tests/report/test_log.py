@@ -226,6 +226,7 @@ def test_bad_samples_count_once_over_processes_epochs_and_restarts(tmp_path):
     rows = [("a.tar", "k1", "empty"), ("a.tar", "k2", "bomb")]
     for process, new in ((0, rows), (0, rows), (1, [("b.tar", "k", "empty")])):
         with report.open_log(QUIET, tmp_path, process) as log:
+            log.start(step=0, steps=1, **START)
             log.bad(new)
             log.bad(new[:1])
     silence(False)
