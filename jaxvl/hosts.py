@@ -43,6 +43,8 @@ def join() -> None:
         # Imitated CPU devices wait for each other in the threads of one pool, which XLA sizes by NPROC; with too few of them
         # two independent collectives of a step can each hold threads that the other needs, for ever.
         env.setdefault("NPROC", "64")
+    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise ValueError("JAX_ENABLE_X64 is set; jaxvl computes in 32 bits and would not compile: unset it")
     text = env.get("JAXVL_HEARTBEAT", str(HEARTBEAT))
     if not text.isdigit() or int(text) < 2:
         raise ValueError(f"JAXVL_HEARTBEAT is {text!r}; it must be a whole number of seconds, at least 2")
@@ -114,6 +116,8 @@ def find(env: Mapping[str, str]) -> Place | None:
         if number >= processes:
             raise ValueError(f"{named[2]} is {number}; it must be below {named[1]}, which is {processes}")
         return Place(_address(env[named[0]], named[0]), processes, number)
+    if alone := [k for k in named if k in env]:  # each process would be a run of its own, and all of them in one workdir
+        raise ValueError(f"{' and '.join(alone)} is set but {named[0]} is not; set all three or none")
     # SLURM_NTASKS alone is also set where nothing was started with srun: in the batch script itself, in a shell of salloc.
     if _number(env, "SLURM_STEP_NUM_TASKS", "1") > 1 and "SLURM_PROCID" in env:
         return _slurm(env)

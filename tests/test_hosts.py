@@ -5,6 +5,7 @@ import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import jax
 import pytest
 
 from jaxvl import hosts
@@ -125,3 +126,14 @@ def test_a_port_that_is_taken_is_told(taken, asked):
         other.listen()
         with pytest.raises(OSError, match=f"port {other.getsockname()[1]} of the coordinator {asked}"):
             hosts.listen(f"{asked}:{other.getsockname()[1]}")
+
+
+@pytest.mark.parametrize("env", [{"JAX_NUM_PROCESSES": "2"}, {"JAX_PROCESS_ID": "0"}, {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}])
+def test_processes_without_a_coordinator_are_not_runs_of_their_own(env):
+    with pytest.raises(ValueError, match=f"{next(iter(env))}.* is set but JAX_COORDINATOR_ADDRESS is not"):
+        hosts.find(env)
+
+
+def test_64_bits_are_refused_where_they_are_asked_for():
+    with jax.enable_x64(True), pytest.raises(ValueError, match="JAX_ENABLE_X64 is set"):
+        hosts.join()
