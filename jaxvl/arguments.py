@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,3 +34,9 @@ def place(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
     return Path(text)
+
+
+def alone(flag: str, others: Mapping[str, object], overrides: Sequence[str]) -> None:
+    """Raises ValueError for what was given beside a flag that does not read it."""
+    if strange := [name for name, value in others.items() if value] + [f"--config.{item}" for item in overrides]:
+        raise ValueError(f"{flag} does not read {strange[0]}; leave it out")

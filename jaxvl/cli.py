@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from jaxvl import faults
-from jaxvl.arguments import Parser, least, place
+from jaxvl.arguments import Parser, alone, least, place
 from jaxvl.terminal import guard, tell
 
 # Not when the process began: a script that installs and then runs this command with `exec` is one process.
@@ -216,11 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [r.removeprefix("--config.") for r in rest if r.startswith("--config.") and "=" in r]
     if strange := [r for r in rest if not (r.startswith("--config.") and "=" in r)]:
         parser().error(f"unrecognized arguments: {' '.join(strange)} (overrides are written --config.KEY=VALUE)")
-    if (
-        overrides
-        and known.verb not in ("train", "eval", "export", "words", "sweep", "plan", "bench")
-        and (known.verb, getattr(known, "action", "")) != ("search", "index")
-    ):
+    verb = f"search {known.action}" if known.verb == "search" else known.verb
+    if overrides and verb not in ("train", "eval", "export", "words", "sweep", "plan", "bench", "search index"):
         parser().error(f"{known.verb} takes no --config overrides")
     try:
         return RUN[known.verb](known, overrides)
@@ -311,6 +308,8 @@ def _sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     from jaxvl.sweep import run
 
     if args.report:
+        others = {"--workdir": args.workdir, "--slurm": args.slurm is not None, "--retry": args.retry, "--tiny": args.tiny}
+        alone("--report", others, overrides)
         run.report(args.report)
         return 0
     if not args.workdir:
@@ -368,6 +367,7 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
     from jaxvl.plan import command
 
     if args.table:
+        alone("--table", {"--config": args.config, "--topology": args.topology, "--json": args.json}, overrides)
         return command.table(args.table, limit=args.limit, estimate=args.estimate)
     return command.main(
         args.config, overrides, args.topology, compiles=args.compiles, limit=args.limit, estimate=args.estimate, json=args.json

@@ -110,6 +110,16 @@ def test_numbers_and_places_that_cannot_be_meant_are_refused_by_their_flag(capsy
     assert left.value.code == 2 and told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words, told", [
+    ("sweep --report DIR --workdir W", "--report does not read --workdir"),
+    ("sweep --report DIR --config.seed=3", "--report does not read --config.seed=3"),
+    ("plan --table DIR --json", "--table does not read --json"),
+    ("plan --table DIR --config x.py", "--table does not read --config"),
+])  # fmt: skip
+def test_what_a_flag_does_not_read_is_not_ignored(capsys, words, told):
+    assert cli.main(words.split()) == 2 and told in capsys.readouterr().err
+
+
 def test_a_reader_that_leaves_is_no_error(tmp_path):
     """`jaxvl ... | head`: quiet, with the status that a shell gives a broken pipe."""
     code = "from jaxvl import cli; cli.RUN['report'] = lambda *_: [print('x' * 99, flush=True) for _ in range(10**5)] and 0; raise SystemExit(cli.main(['report', 'x']))"
