@@ -291,7 +291,9 @@ def test_leftovers_of_killed_runs(tmp_path):
     shutil.copytree(tmp_path / "00000001", tmp_path / "00000000.deleting")
     (tmp_path / "notes.txt").write_text("mine")
     assert whole_steps(tmp_path) == [1]
-    open_saver(tmp_path, CheckpointOptions()).close()
+    with open_saver(tmp_path, CheckpointOptions()) as saver:
+        assert (tmp_path / "00000002.saving").exists()  # what opens a run may still refuse to go on with it
+        saver.restore(abstract(make_state()))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000001", "LOCK", "notes.txt"]
 
 

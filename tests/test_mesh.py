@@ -48,7 +48,7 @@ def test_all_faults_are_listed_with_leaf_dimension_and_axis():
 def test_rows_and_placement_cover_the_global_batch():
     mesh = make_mesh(MeshOptions(2, 2, 2))
     assert process_rows(mesh, 16) == (0, 16)
-    with pytest.raises(ValueError, match=r"batch_size is 6; it must be a multiple of data\*fsdp = 4"):
+    with pytest.raises(ValueError, match=r"batch_size is 6; to be split over data\*fsdp = 4 it must be a multiple of 4"):
         process_rows(mesh, 6)
     array = place({"x": np.arange(16)}, mesh)["x"]
     np.testing.assert_array_equal(array, np.arange(16))

@@ -62,7 +62,14 @@ def of_words(out: Path, total: int, words: int, active: int, queries: int, round
     """Build times in seconds, bytes, latencies in milliseconds and recall of the backends of lexical vectors."""
     mesh, pruning = make_mesh(MeshOptions()), Pruning()
     also = ["seismic"] if _installed(LIBRARIES["seismic"][1]) else []
-    meta = {"kind": "lexical", "total": total, "width": words, "pruning": pruning._asdict(), "also": also, "pieces": []}
+    meta = {
+        "kind": "lexical",
+        "total": total,
+        "width": words,
+        "pruning": pruning._asdict(),
+        "also": also,
+        "pieces": [str(i) for i in range(words)],
+    }
     seconds: dict[str, float] = {}
     with drafting(out) as draft:
         entries = 0

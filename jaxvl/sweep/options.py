@@ -102,7 +102,8 @@ def check(options: SweepOptions) -> SweepOptions:
         also=tuple(o.also), seeds=tuple(o.seeds), grid={k: tuple(v) if isinstance(v, (tuple, list)) else v for k, v in o.grid.items()}
     )
     for where, names in (("metric", (o.metric,)), ("also", o.also), ("rows", o.rows), ("grid", o.grid), ("space", o.space)):
-        if odd := [name for name in names if not isinstance(name, str) or not name]:
+        # A sweep of one row may leave its name out.
+        if odd := [name for name in names if not isinstance(name, str) or not (name or where == "rows")]:
             raise SweepError(f"sweep(): {where} has the name {odd[0]!r}; it must be a text")
     for name, row in o.rows.items():
         if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
