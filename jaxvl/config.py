@@ -26,6 +26,7 @@ from jaxvl.data.dataset import DataOptions
 from jaxvl.data.lists import kind, read_json
 from jaxvl.data.text import TokenizerOptions
 from jaxvl.evals import EVALS
+from jaxvl.interop import initial
 from jaxvl.interop.initial import InitOptions
 from jaxvl.mesh import MeshOptions
 from jaxvl.methods import METHODS
@@ -83,6 +84,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "augment": augment.check,
     "checkpoint": checkpoint.check,
     "log": report.check,
+    "init": initial.check,
 }
 
 
@@ -223,7 +225,7 @@ def read(config: ConfigDict) -> Recipe:
     for name, check in CHECKS.items():
         try:
             check(getattr(recipe, name))
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # OSError: a name that no file system takes
             raise ConfigError(f"config.{str(error).removeprefix('config.')}") from None
     train = recipe.train
     if train.batch_size < 1:

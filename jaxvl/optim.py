@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from jaxvl.mesh import path_str
+from jaxvl.patterns import check_pattern
 
 Schedule = Callable[[jax.Array], jax.Array]
 # What a tower computes before its first layer; everything else outside `blocks` comes after its last.
@@ -88,10 +89,7 @@ def check(options: OptimOptions, steps: int) -> None:
         if held < 0:
             raise ValueError(f"config.optim.hold of {pattern!r} is {held}; it must be a number of steps, at least 0")
     for pattern in (options.decay, *options.lazy, *(p for p, _ in (*options.groups, *options.unlock, *options.layer_decay, *options.hold))):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"config.optim: {pattern!r} is not a regular expression: {error}") from None
+        check_pattern("optim", pattern)
 
 
 def learning_rate(options: OptimOptions, steps: int) -> Schedule:

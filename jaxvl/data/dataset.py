@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
@@ -22,6 +21,7 @@ from jaxvl.data.source import Bad, Place, Record, Source, Want
 from jaxvl.data.sources import open_source
 from jaxvl.data.text import Cleaning
 from jaxvl.data.triplets import Texts, Triplets
+from jaxvl.patterns import check_pattern
 
 CROP = decode.DecodeOptions()
 OWN = "sample"  # data.id of data whose records are the images: the id is the sample's place in the data
@@ -237,10 +237,7 @@ def check(options: DataOptions) -> None:
         )
     if list(options.levels) != sorted(set(options.levels), reverse=True) or min(options.levels, default=0) < 0:
         raise ValueError(f"data.levels is {options.levels}; it must fall from fine to coarse entries of the hierarchy, such as (1, 0)")
-    try:
-        re.compile(field_and_pattern(options.hierarchy)[1])
-    except re.error as error:
-        raise ValueError(f"data.hierarchy is {options.hierarchy!r}, no regular expression: {error}") from None
+    check_pattern("data.hierarchy", field_and_pattern(options.hierarchy)[1])
     if options.per_class and options.weights:
         raise ValueError(f"data.per_class is {options.per_class}, which draws classes and not sources; data.weights must be empty")
     if options.resize not in ("host", "device"):

@@ -21,6 +21,7 @@ from jaxvl.interop.positions import Method, resize_table
 from jaxvl.mesh import path_str
 from jaxvl.models import kinds, vit as vits
 from jaxvl.models.vit import VitOptions
+from jaxvl.patterns import check_pattern
 from jaxvl.progress import say
 
 STATISTICS = "memory/batch_stats/"  # running averages of normalisation, by the path of their layer
@@ -52,6 +53,11 @@ class InitOptions(NamedTuple):
     differ: tuple[str, ...] = ()
 
 
+def check(options: InitOptions) -> None:
+    """Raises ValueError for a pattern that cannot be compiled."""
+    check_pattern("init.skip", options.skip)
+
+
 class Leaf(NamedTuple):
     """How one leaf starts. change: saved values -> ours, None where they are taken as they are. values: those given outright, such
     as an adapter's. path: of what was saved, where it is not ours."""
@@ -79,8 +85,6 @@ def plan(recipe: Any, params: Any, offset: int, memory: Any = ()) -> dict[str, L
     Reads no weights but those of adapters. Raises ValueError listing every option and every parameter in which a source differs, and DamagedError.
     """
     options = recipe.init
-    if options.skip:
-        _compiles(options.skip)
     wanted = {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     kept = {f"memory/{path_str(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(memory)}
     image = kinds.of(recipe.image).resolve(recipe.image, "image")
@@ -387,10 +391,3 @@ def _table(wanted: dict[str, Any], leaves: dict[str, Leaf], unread: list[str]) -
         say(f"init  {path:{width}}  {tuple(leaf.shape)!s:22}  {leaves[path].note if path in leaves else 'new'}")
     for what in unread:
         say(f"init  left out: {what}")
-
-
-def _compiles(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"config.init.skip: {pattern!r} is not a regular expression: {error}") from None

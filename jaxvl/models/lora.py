@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from jaxvl.patterns import check_pattern
+
 Rules = tuple[tuple[str, P], ...]
 FACES = ("encode", "objective", "loss", "embed_image", "embed_text", "embed_patches", "embed_words", "compose", "features")
 PAIR_FACES = ("image_side", "text_side", "score")  # of `score_pair`
@@ -54,10 +56,7 @@ def check(options: LoraOptions) -> None:
         raise ValueError(
             f"config.lora.dropout is {options.dropout}, which acts on the input of an adapter; config.lora.apply must be 'separate'"
         )
-    try:
-        re.compile(options.targets)
-    except re.error as error:
-        raise ValueError(f"config.lora.targets: {options.targets!r} is not a regular expression: {error}") from None
+    check_pattern("lora.targets", options.targets)
 
 
 def scale(options: LoraOptions) -> float:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxvl.models import parts
-from jaxvl.models.tower import Tower
+from jaxvl.models.tower import Tower, check_sizes
 
 
 class LstmOptions(NamedTuple):
@@ -29,6 +29,7 @@ class LstmOptions(NamedTuple):
 
 def resolve(options: LstmOptions, section: str = "text") -> LstmOptions:
     """The options, checked. Raises ValueError naming key, value and remedy."""
+    check_sizes(options, section)
     for key in ("vocab_size", "word_dim", "width"):
         if getattr(options, key) < 1:
             raise ValueError(f"{section}.{key}={getattr(options, key)} must be at least 1")

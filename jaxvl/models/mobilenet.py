@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxvl.models import parts
 from jaxvl.models.batch_norm import BatchNorm, Statistics
 from jaxvl.models.resnet import Pool, convolution, pool
-from jaxvl.models.tower import Tower
+from jaxvl.models.tower import Tower, check_sizes
 
 STEM = 32
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))  # channels, stride
@@ -31,6 +31,7 @@ class MobilenetOptions(NamedTuple):
 
 def resolve(options: MobilenetOptions, section: str = "image") -> MobilenetOptions:
     """The options, checked. Raises ValueError naming key, value and remedy."""
+    check_sizes(options, section)
     o = options
     if channels(o, STEM) < 1:
         raise ValueError(f"{section}.multiplier={o.multiplier} leaves no channel of {STEM}; it must be at least {1 / STEM}")

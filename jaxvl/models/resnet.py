@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxvl.models import parts
 from jaxvl.models.batch_norm import BatchNorm, Statistics
-from jaxvl.models.tower import Tower
+from jaxvl.models.tower import Tower, check_sizes
 
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 EXPANSION = 4
@@ -32,6 +32,7 @@ class ResnetOptions(NamedTuple):
 
 def resolve(options: ResnetOptions, section: str = "image") -> ResnetOptions:
     """Options with the stages filled in, checked. Raises ValueError naming key, value and remedy."""
+    check_sizes(options, section)
     o = options
     if o.depth and o.depth not in DEPTHS:
         raise ValueError(f"{section}.depth={o.depth} is none of {', '.join(map(str, DEPTHS))}; set it to 0 and give {section}.stages")

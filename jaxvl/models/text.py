@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxvl.models import parts
 from jaxvl.models.attention import Rope, rope_tables
-from jaxvl.models.tower import Tower, sized
+from jaxvl.models.tower import Tower, check_sizes, sized
 from jaxvl.models.vit import project
 
 # eos: first eos_id; argmax: largest id (CLIP's first rule); last: last token that is not padding; end: last position,
@@ -68,6 +68,7 @@ def resolve(options: TextOptions, section: str = "text") -> TextOptions:
     """Options with every size filled in and every value checked. Raises ValueError naming key, value and remedy."""
     if options.kind != "transformer":
         raise ValueError(f"config.{section}.kind is {options.kind!r}, but what is asked for takes a 'transformer'")
+    check_sizes(options, section)
     o = sized(options, options.variant, section)._replace(variant="")
     if o.vocab_size < 2:
         raise ValueError(f"{section}.vocab_size={o.vocab_size}: set it to the size of the tokenizer")

@@ -45,3 +45,10 @@ def sized(options: Any, variant: str, section: str) -> Any:
             f"config.{section}.variant is {options.variant!r}, and every size is given as another one ({sizes}): leave out one or the other; no variant is ''"
         )
     return options._replace(**{key: value for key, value in SIZES[variant].items() if not getattr(options, key)})
+
+
+def check_sizes(options: Any, section: str) -> None:
+    """Raises ValueError for a number of a tower's options that is negative: each is a size, a count or an id, and 0 says that there is none."""
+    for key, value in options._asdict().items():
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f"config.{section}.{key} is {value}; it must be 0 or more")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxvl.models import parts
-from jaxvl.models.tower import Tower, sized
+from jaxvl.models.tower import Tower, check_sizes, sized
 
 Pool = Literal["cls", "mean", "map"]
 
@@ -52,6 +52,7 @@ def resolve(options: VitOptions, section: str = "image") -> VitOptions:
     """Options with every size filled in and every value checked. Raises ValueError naming key, value and remedy."""
     if options.kind != "vit":
         raise ValueError(f"config.{section}.kind is {options.kind!r}, but what is asked for takes a 'vit'")
+    check_sizes(options, section)
     size, _, patch = options.variant.partition("/")
     if options.variant and not (patch.isdigit() or options.patch):
         raise ValueError(f'{section}.variant={options.variant!r} has no patch size: write it as "B/16"')

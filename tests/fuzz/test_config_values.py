@@ -52,3 +52,24 @@ def _attack(seed):
 def test_values_are_taken_or_refused_by_name(seeds):
     for seed in seeds:
         _attack(seed)
+
+
+@pytest.mark.parametrize("key", ["lora.targets", "optim.decay", "init.skip"])
+@pytest.mark.parametrize("pattern", ["(", "(" * 5000, "a{99999999999999999999}"])
+def test_a_pattern_that_cannot_be_compiled_names_its_key(key, pattern):
+    config = configs.load(str(Path(__file__).parents[2] / "configs" / "clip_small.py"))
+    with pytest.raises(configs.ConfigError, match=key.partition(".")[0] + ".*not a regular expression"):
+        configs.read(configs.override(config, [f"{key}={pattern}"]))
+
+
+@pytest.mark.parametrize("section", ["image", "text"])
+def test_no_size_count_or_id_of_a_tower_is_negative(section):
+    seen = set()
+    for file in FILES:
+        kind = configs.load(file)[section].get("kind", "")
+        for key, value in configs.load(file)[section].items():
+            if isinstance(value, int) and not isinstance(value, bool) and (kind, key) not in seen:
+                seen.add((kind, key))
+                with pytest.raises(configs.ConfigError, match=rf"{section}.{key} is -1"):
+                    configs.read(configs.load(file, [f"{section}.{key}=-1"]))
+    assert len(seen) >= 10
