@@ -31,5 +31,11 @@ def public_tree(tree: Any) -> Any:
 
 def _shown(found: re.Match[str]) -> str:
     scheme, _, rest, query = found.groups("")
-    kept = [part for part in query[1:].split("&") if part and not _SECRET.fullmatch(part.partition("=")[0])]
-    return scheme + rest + ("?" + "&".join(kept) if kept else "")
+    path, fragment, below = rest.partition("#")
+    query, mark, behind = query.partition("#")
+    return scheme + path + _unsigned(fragment, below) + _unsigned("?", query[1:]) + _unsigned(mark, behind)
+
+
+def _unsigned(mark: str, parameters: str) -> str:
+    kept = [part for part in parameters.split("&") if part and not _SECRET.fullmatch(part.partition("=")[0])]
+    return mark + "&".join(kept) if kept else ""

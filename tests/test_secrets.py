@@ -29,6 +29,9 @@ QUICK = "configs/clip_quickstart.py"
     ("s3://AKIA1:wJal/K7+x@bucket/a.tar", "s3://bucket/a.tar"),
     ("http://host:8080/mail@host/a.tar", "http://host:8080/mail@host/a.tar"),
     ("https://host/a.tar?rlkey=3&v=2", "https://host/a.tar?v=2"),
+    ("https://host/a.tar#access_token=x&page=2", "https://host/a.tar#page=2"),
+    ("https://host/a.tar?v=2#token=x", "https://host/a.tar?v=2"),
+    ("s3://bucket/a#1.tar?v=2", "s3://bucket/a#1.tar?v=2"),
 ])  # fmt: skip
 def test_urls_as_they_may_be_shown(text, shown):
     assert public(text) == shown
